@@ -1,0 +1,1 @@
+"""Messages and services of kvserve.v1, generated from protos/; part of the public contract."""
