@@ -1,0 +1,365 @@
+"""The cache manager: leases over the tree, blocks from the pool, tails beside it.
+
+One step, seen from here (everything between ``open`` and ``commit`` belongs to the running plan)::
+
+    find ─► open ─► extend ─► [the worker runs] ─► commit ─► ... ─► release      blocks stay cached
+      │       │       │                              └─► discard                 nothing new stays
+      │       └───────┴ OutOfBlocks: nothing changed
+      └ changes nothing; may say that somebody is computing this very prompt
+
+**Copies.** A copy's source may be evicted by a later request of the very plan that copies from it, even
+to become the target of another copy. Copies run in plan order and before anything is computed, so the
+source is still intact when it is read.
+
+Not thread-safe: one engine loop owns it. Tokens are packed arrays (``kvcore.keys.pack_tokens``).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterable
+
+from kvcore.blocks import BlockId, BlockPool
+from kvcore.clock import Clock
+from kvcore.counters import CacheCounters
+from kvcore.cursors import Cursor, CursorBoard
+from kvcore.errors import IntegrityError, OutOfBlocks
+from kvcore.integrity import check_integrity
+from kvcore.keys import NamespaceKey
+from kvcore.lease import Found, Lease, PrefixMatch, SlotCopy
+from kvcore.node import Node, NodeState
+from kvcore.policies import EvictionPolicy, lru
+from kvcore.reclaim import Reclaimer
+from kvcore.tails import TailStore
+from kvcore.tree import PrefixTree
+
+__all__ = ["CacheManager"]
+
+
+class CacheManager:
+    """Decide what is cached, shared, evicted and expired. Constructor injection: clock and policy."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        clock: Clock,
+        num_logits_slots: int = 0,
+        policy: EvictionPolicy = lru,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.tree = PrefixTree(block_size)
+        self.tails = TailStore(num_logits_slots)
+        self.board = CursorBoard(self.tree)
+        self.counters = CacheCounters()
+        self.block_size = block_size
+        self._clock = clock
+        self._leases: dict[Lease, None] = {}
+        self._reclaimer = Reclaimer(
+            pool=self.pool,
+            tree=self.tree,
+            tails=self.tails,
+            board=self.board,
+            counters=self.counters,
+            clock=clock,
+            policy=policy,
+        )
+
+    def __repr__(self) -> str:
+        return f"CacheManager({self.pool!r}, {self.tree!r}, {len(self._leases)} leases)"
+
+    @property
+    def num_available(self) -> int:
+        """Return how many blocks can be had right now: free ones and evictable ones."""
+        return self._reclaimer.num_available
+
+    @property
+    def leases(self) -> Collection[Lease]:
+        """Return the open leases."""
+        return self._leases.keys()
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    def lookup(self, namespace: NamespaceKey, tokens: array[int], *, owner: int | None = None) -> PrefixMatch:
+        """Say how much of a prompt is cached. Touches no recency and holds nothing."""
+        if namespace not in self.tree.roots:
+            return PrefixMatch(0, 0, is_exact=False)
+        return self.find(namespace, tokens, owner=owner).match
+
+    def find(
+        self, namespace: NamespaceKey, tokens: array[int], *, read: bool = True, owner: int | None = None
+    ) -> Found:
+        """Find the longest cached prefix of ``tokens``, and what matches inside the next block.
+
+        ``owner`` names a request that leaves nothing behind; None shares. Without ``read`` nothing is found.
+        """
+        root = self.tree.root(namespace)
+        if not read:
+            return Found(
+                root, [], None, None, is_being_computed=False, match=PrefixMatch(0, 0, is_exact=False)
+            )
+        now, size = self._clock.now(), self.block_size
+        path = self.tree.walk(root, tokens, len(tokens), owner, now)
+        node = path[-1] if path else root
+        position = len(path) * size
+        tail, in_flight = None, False
+        if len(tokens) - position < size:
+            tail = self.tails.find(node, tokens[position:].tobytes(), owner, now)
+            if tail is None and position == len(tokens):  # one token has to be computed for its logits
+                in_flight = path.pop().state is NodeState.PENDING
+                position -= size
+                node = path[-1] if path else root
+        limit = len(tokens) if tail is not None else len(tokens) - 1
+        wanted = tokens[position : min(limit, position + size)].tobytes()
+        source, num_partial = self.tree.find_partial(node, wanted, owner, now)
+        in_flight = in_flight or (tail is not None and not tail.is_ready)
+        return Found(
+            root,
+            path,
+            tail,
+            source,
+            is_being_computed=in_flight or self._producer_goes_on(node, tokens),
+            match=PrefixMatch(position, num_partial, is_exact=tail is not None),
+        )
+
+    def fits(self, found: Found, num_positions: int, *, spare: int) -> bool:
+        """Say whether a lease of ``found`` could grow to ``num_positions`` and leave ``spare`` blocks."""
+        missing = -(-num_positions // self.block_size) - len(found.path)
+        return missing + spare + self.tree.num_idle(found.path) <= self.num_available
+
+    def park(self, namespace: NamespaceKey, cursor: Cursor) -> None:
+        """Start following how far a waiting prompt is cached."""
+        self.board.park(cursor, self.tree.root(namespace), self._clock.now())
+
+    # -- leases -------------------------------------------------------------------------------------
+
+    def open(
+        self, found: Found, tokens: array[int], *, owner: int | None = None, lifetime_s: float | None = None
+    ) -> Lease:
+        """Lease what was just found, and copy what matches inside the next block.
+
+        Raises ``OutOfBlocks`` (nothing changed) if the block for the copy is not to be had.
+        """
+        if found.tail is not None and not found.tail.is_ready:
+            raise IntegrityError("a lease cannot draw from logits that the running step computes")
+        self.tree.hold(found.end)  # first, so that making room for the copy evicts none of it
+        source, target = found.source, BlockId(-1)
+        if source is not None:
+            try:
+                target = self._reclaimer.take(1)[0]
+            except OutOfBlocks:
+                self._reclaimer.drop(found.end)
+                raise
+        self.tree.touch(found.path)
+        for matched in found.path:
+            matched.hits += 1
+        lease = Lease(found=found, tokens=tokens, owner=owner, lifetime_s=lifetime_s)
+        self._leases[lease] = None
+        if source is not None:
+            lease.copy = SlotCopy(source.real_block(), target, found.match.partial_tokens)
+            node = self.tree.add_open(found.end, target, owner)
+            node.limit_life(source.expires_at)  # what is copied does not get younger
+            lease.block_table.append(target)
+            lease.nodes.append(node)
+            self._hold_deepest(lease)
+        if found.tail is not None:
+            self.tails.use(found.tail)
+        return lease
+
+    def blocks_needed(self, lease: Lease, num_tokens: int) -> int:
+        """Return how many blocks ``extend`` would take for ``num_tokens`` more positions."""
+        return max(0, -(-(lease.num_computed + num_tokens) // self.block_size) - len(lease.block_table))
+
+    def extend(self, lease: Lease, num_tokens: int) -> None:
+        """Plan to compute the next ``num_tokens`` of ``lease.tokens``.
+
+        Takes blocks, and publishes those that will be full as PENDING.
+
+        Raises ``OutOfBlocks`` and changes nothing if the blocks are not to be had.
+        """
+        size = self.block_size
+        start, stop = lease.num_computed, lease.num_computed + num_tokens
+        missing = -(-stop // size) - len(lease.block_table)
+        if missing <= 0 and stop % size:
+            lease.in_flight = num_tokens  # stays inside the OPEN block: nothing to publish
+            return
+        now = self._clock.now()
+        if missing > 0:
+            lease.block_table.extend(self._reclaimer.take(missing))
+        lease.in_flight = num_tokens
+        for index in range(start // size, -(-stop // size)):
+            anchor = lease.nodes[index - 1] if index else lease.root
+            if index == len(lease.nodes):
+                block = BlockId(lease.block_table[index])
+                lease.nodes.append(self.tree.add_open(anchor, block, lease.owner))
+            if (index + 1) * size <= stop:
+                packed = lease.tokens[index * size : (index + 1) * size].tobytes()
+                twin = self.tree.find_child(anchor, packed, lease.owner, now)
+                if twin is None:
+                    self._publish(lease, anchor, lease.nodes[index], packed, now)
+                else:
+                    self._defer_to(lease, index, twin)
+        self._hold_deepest(lease)
+
+    def add_tail(self, lease: Lease) -> None:
+        """Keep the last logits of the prompt that the running step completes (``lease.save_logits_to``).
+
+        Call after ``extend``, when ``lease.tokens`` is the whole prompt. Does nothing if they are kept.
+        """
+        num_full = len(lease.tokens) // self.block_size
+        node = lease.nodes[num_full - 1] if num_full else lease.root
+        rest = lease.tokens[num_full * self.block_size :].tobytes()
+        now = self._clock.now()
+        expires_at = None if lease.lifetime_s is None else now + lease.lifetime_s
+        lease.new_tail = self.tails.add(node, rest, lease.owner, now, expires_at=expires_at)
+
+    def commit(self, leases: Iterable[Lease], *, spoiled: Collection[Lease] = ()) -> None:
+        """The step is done: what it filled is READY. Takes all leases of the plan at once.
+
+        The logits of ``spoiled`` leases are no good and not kept; discard these leases afterwards.
+        """
+        now = self._clock.now()
+        leases = list(leases)
+        for lease in leases:
+            for node in lease.pending:
+                node.state = NodeState.READY
+                node.producer = None
+            lease.pending.clear()
+        for lease in leases:
+            self._settle(lease, now)
+            if lease.new_tail is not None:
+                if lease in spoiled:
+                    self.tails.remove(lease.new_tail)
+                else:
+                    lease.new_tail.is_ready = True
+                lease.new_tail = None
+            lease.used_tail = None
+        self.tails.end_step()
+
+    def roll_back(self, leases: Iterable[Lease]) -> None:
+        """The step failed: end all leases of the plan; nothing that they inserted stays."""
+        self.discard(leases)
+        self.tails.end_step()
+
+    def release(self, lease: Lease) -> None:
+        """End a lease between steps. What it computed stays cached (unless private or expired)."""
+        if lease.in_flight or lease.pending or lease.duplicates:
+            raise IntegrityError(f"{lease!r} released in the middle of a step")
+        self._close(lease)
+        self.tree.touch(lease.nodes)
+        self._reclaimer.drop(lease.held)
+        self._reclaimer.prune(lease)
+
+    def discard(self, leases: Iterable[Lease]) -> None:
+        """End leases whose content must not be used: nothing that they inserted is found any more.
+
+        Nodes that others hold, too, go when those let go; until then they count as expired.
+        """
+        leases, now = list(leases), self._clock.now()
+        for lease in leases:
+            self._close(lease)
+            if lease.new_tail is not None:
+                self.tails.remove(lease.new_tail)
+            self.pool.give_back(lease.duplicates.values())
+            self._reclaimer.drop(lease.held)
+        for node in self._reclaimer.remove_unheld({n for lease in leases for n in lease.inserted}):
+            node.limit_life(now)
+        for lease in leases:
+            self._reclaimer.prune(lease)
+
+    def forget_owner(self, owner: int) -> None:
+        """Drop what a private request kept beside its leases. Call when it ends."""
+        self.tails.remove_private(owner)
+
+    # -- time and space -----------------------------------------------------------------------------
+
+    def sweep_expired(self) -> int:
+        """Free entries whose lifetime is over and that nobody holds; return how many. Bounded per call."""
+        return self._reclaimer.sweep_expired()
+
+    def evict(self, count: int) -> None:
+        """Evict ``count`` blocks, leaves before parents.
+
+        Raises ``OutOfBlocks``, and changes nothing, if there are fewer.
+        """
+        self._reclaimer.evict(count)
+
+    def clear(self) -> int:
+        """Drop every entry that nobody holds; return how many blocks that freed."""
+        return self._reclaimer.clear()
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` if an invariant is broken. Walks everything: for tests and idle times."""
+        check_integrity(self.pool, self.tree, self.tails, self._leases)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _producer_goes_on(self, frontier: Node, tokens: array[int]) -> bool:
+        """Say whether who fills ``frontier`` in this step fills the block that ``tokens`` need next, too."""
+        producer = frontier.producer
+        if producer is None:
+            return False
+        position = frontier.depth * self.block_size
+        wanted = tokens[position : position + self.block_size]
+        return (
+            len(wanted) == self.block_size
+            and wanted == producer.tokens[position : position + self.block_size]
+        )
+
+    def _publish(self, lease: Lease, anchor: Node, node: Node, packed: bytes, now: float) -> None:
+        self.tree.fill(node, packed, producer=lease)
+        self._stamp(node, lease, now)
+        lease.pending.append(node)
+        self.counters.inserted_blocks += 1
+        if lease.owner is None:
+            self.board.published(anchor, node)
+
+    def _defer_to(self, lease: Lease, index: int, twin: Node) -> None:
+        """The tree has this very block already: keep ours private for the step, follow theirs from here."""
+        own = lease.nodes[index]
+        lease.nodes[index] = twin
+        if lease.held is own:
+            self._move_hold(lease, twin)
+        lease.deferred.add(index)
+        lease.duplicates[index] = self.tree.remove(own)
+
+    def _settle(self, lease: Lease, now: float) -> None:
+        """Enter what the step has computed."""
+        lease.num_computed += lease.in_flight
+        lease.in_flight = 0
+        lease.copy = None
+        for index, block in lease.duplicates.items():
+            lease.block_table[index] = lease.nodes[index].real_block()
+            self.pool.give_back([block])
+        lease.duplicates.clear()
+        if lease.nodes and lease.nodes[-1].state is NodeState.OPEN:
+            last = lease.nodes[-1]
+            last.packed = lease.tokens[
+                (len(lease.nodes) - 1) * self.block_size : lease.num_computed
+            ].tobytes()
+            self._stamp(last, lease, now)
+
+    def _stamp(self, node: Node, lease: Lease, now: float) -> None:
+        """Note when the first slot of a block was filled; its lifetime starts then."""
+        if node.inserted_at is not None:
+            return
+        node.inserted_at = now
+        if lease.lifetime_s is not None:
+            node.limit_life(now + lease.lifetime_s)
+        self._reclaimer.watch_lifetime(node)
+
+    def _hold_deepest(self, lease: Lease) -> None:
+        if lease.nodes and lease.nodes[-1] is not lease.held:
+            self._move_hold(lease, lease.nodes[-1])
+
+    def _move_hold(self, lease: Lease, node: Node) -> None:
+        self.tree.hold(node)
+        previous, lease.held = lease.held, node
+        self._reclaimer.drop(previous)
+
+    def _close(self, lease: Lease) -> None:
+        if not lease.is_open:
+            raise IntegrityError(f"{lease!r} closed twice")
+        lease.is_open = False
+        del self._leases[lease]
