@@ -1,0 +1,115 @@
+"""The front end as one object: services, interceptor, health and reflection around an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvserve.v1 import generate_pb2, generate_pb2_grpc
+from server.engine.interface import Engine
+from server.rpc.auth import Authenticator
+from server.rpc.call import CallObserver
+from server.rpc.generate_service import GenerateService, GenerationObserver, ServiceLimits
+from server.rpc.health import HealthReporter
+from server.rpc.interceptor import CallInterceptor, CallLimits
+from server.rpc.listener import ListenOptions, bind, make_server
+from server.rpc.tokenizer import ModelTokenizer
+
+__all__ = ["FrontEnd", "FrontEndOptions"]
+
+_CLOSING_S = 0.5
+_LAST_MESSAGES_S = 2.0
+"""For calls that the engine has ended to hand over their last message or status."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndOptions:
+    """How the front end serves."""
+
+    model_name: str
+    listen: ListenOptions = field(default_factory=ListenOptions)
+    call_limits: CallLimits = field(default_factory=CallLimits)
+    write_timeout_s: float = 10.0
+    reflection: bool = True
+    num_tokenizer_threads: int = 2
+
+
+class FrontEnd:
+    """Create it inside the event loop; ``start``, then ``shut_down``."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: ModelTokenizer,
+        options: FrontEndOptions,
+        *,
+        authenticator: Authenticator,
+        observer: GenerationObserver,
+        call_observers: Sequence[CallObserver] = (),
+    ) -> None:
+        self._engine = engine
+        self._options = options
+        self._pool = ThreadPoolExecutor(options.num_tokenizer_threads, thread_name_prefix="tokenizer")
+        self._health = HealthReporter(engine)
+        self._follower: asyncio.Task[None] | None = None
+        self._interceptor = CallInterceptor(
+            authenticator, limits=options.call_limits, observers=call_observers
+        )
+        self._service = GenerateService(
+            engine,
+            tokenizer,
+            model_name=options.model_name,
+            executor=self._pool,
+            limits=ServiceLimits(options.write_timeout_s, options.listen.max_message_bytes),
+            observer=observer,
+        )
+        self._server = make_server(options.listen, [self._interceptor])
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
+        if options.reflection:
+            self._add_reflection()
+
+    @property
+    def num_active_calls(self) -> int:
+        """Return how many calls are being served, health checks apart."""
+        return self._interceptor.num_active
+
+    async def start(self) -> int:
+        """Listen and serve; return the port. Raises ``ListenError``."""
+        port = bind(self._server, self._options.listen)
+        self._follower = asyncio.create_task(self._health.follow(), name="health")
+        await self._server.start()
+        return port
+
+    async def shut_down(self, *, grace_s: float) -> None:
+        """Turn health, refuse new calls, let running ones finish for ``grace_s``, then end everything.
+
+        Stops the engine too: it is what knows which requests run. Ends early when nothing runs any more.
+        """
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+        await self._health.shut_down()
+        self._service.drain()
+        await self._engine.stop(grace_s=grace_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._interceptor.wait_idle(), _LAST_MESSAGES_S)
+        # Short: answers on their way out need it, and health watchers hold all of it.
+        await self._server.stop(grace=_CLOSING_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _add_reflection(self) -> None:
+        from grpc_reflection.v1alpha import reflection
+
+        names = (
+            generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, self._server)

@@ -1,0 +1,108 @@
+"""The gRPC server object: limits of the transport, TLS, the port."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+__all__ = ["ListenError", "ListenOptions", "TlsFiles", "bind", "check_port_free", "make_server"]
+
+
+class ListenError(Exception):
+    """The server cannot listen where it was told to; the text is for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. With ``client_ca``, clients must present a certificate that it signed."""
+
+    certificate: Path
+    key: Path = field(repr=False)
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListenOptions:
+    """Where to listen, and what a connection may do."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0: any free port."""
+    tls: TlsFiles | None = None
+    max_message_bytes: int = 4 << 20
+    max_concurrent_rpcs: int = 4096
+    """A backstop: admission is the service's business, and health checks count here too."""
+    max_connections: int = 1024
+    max_call_s: float = 3600.0
+
+    def channel_arguments(self) -> list[tuple[str, int]]:
+        """Return the transport's limits."""
+        return [
+            ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it unnoticed
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_metadata_size", 8 << 10),
+            ("grpc.absolute_max_metadata_size", 16 << 10),
+            ("grpc.max_concurrent_streams", 100),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", 5_000),
+            # Dead peers are noticed in 15 s; clients may ping a silent stream every 5 s.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.max_connection_idle_ms", 5 * 60_000),
+            ("grpc.max_connection_age_ms", 30 * 60_000),
+            ("grpc.max_connection_age_grace_ms", int(self.max_call_s * 1000)),
+        ]
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise :class:`ListenError` if nobody could listen there: asked before a model is loaded for minutes."""
+    if port == 0:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def make_server(options: ListenOptions, interceptors: Sequence[aio.ServerInterceptor]) -> aio.Server:
+    """Return the server, without services and not listening yet. Needs the running event loop."""
+    return aio.server(
+        interceptors=list(interceptors),
+        options=options.channel_arguments(),
+        maximum_concurrent_rpcs=options.max_concurrent_rpcs,
+    )
+
+
+def bind(server: aio.Server, options: ListenOptions) -> int:
+    """Listen; return the port. Raises :class:`ListenError`."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.port}"
+    try:
+        if options.tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, _credentials(options.tls))
+    except RuntimeError as error:
+        raise ListenError(f"cannot listen on {address}: the address is in use or not available") from error
+
+
+def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    try:
+        certificate = files.certificate.read_bytes()
+        key = files.key.read_bytes()
+        client_ca = None if files.client_ca is None else files.client_ca.read_bytes()
+    except OSError as error:
+        raise ListenError(f"cannot read {error.filename}: {error.strerror}") from error
+    return grpc.ssl_server_credentials(
+        [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
+    )

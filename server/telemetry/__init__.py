@@ -1,0 +1,1 @@
+"""Metrics, logs and traces. OpenTelemetry is imported in ``tracing`` alone."""

@@ -1,0 +1,236 @@
+"""Prometheus metrics: what the engine counts and what the front end measures.
+
+Names follow vLLM's where it has one for the same thing (with the prefix ``kvserve_``), because dashboards and
+routers know them. Engine counters are read from its latest snapshot when scraped; they begin anew with each
+engine process, as counters may.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kvserve.v1 import generate_pb2 as pb
+from server.engine.interface import Engine, EngineState
+from server.engine.messages import EngineStats
+from server.rpc.call import Call
+
+__all__ = ["FrontEndMetrics", "MetricsServer"]
+
+_FIRST_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
+_REQUEST_S = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class PlainHistogram(Collector):
+    """A histogram for the event loop's thread alone: one observation costs a bisection and two additions."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name, self._text, self._bounds = name, text, tuple(buckets)
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Add one observation."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric as it stands."""
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        family = HistogramMetricFamily(self._name, self._text)
+        family.add_metric([], buckets, self._sum)
+        return [family]
+
+
+class FrontEndMetrics:
+    """What the front end measures: a ``CallObserver`` and ``GenerationObserver``. Event loop only."""
+
+    def __init__(self, registry: CollectorRegistry, *, model_name: str) -> None:
+        self._calls = Counter(
+            "kvserve_rpc_calls", "Calls by method and status code.", ["method", "code"], registry=registry
+        )
+        self._active = Gauge("kvserve_rpc_calls_active", "Calls being served.", registry=registry)
+        self._call_s = PlainHistogram(
+            "kvserve_e2e_request_latency_seconds", "From headers to status.", _REQUEST_S
+        )
+        self._between_s = PlainHistogram(
+            "kvserve_inter_token_latency_seconds", "Between two messages of a stream.", _BETWEEN_TOKENS_S
+        )
+        self._per_message = PlainHistogram(
+            "kvserve_tokens_per_message",
+            "Tokens that travelled together.",
+            (1, 2, 4, 8, 16, 32, 64, 256, 1024),
+        )
+        self._lag_s = PlainHistogram(
+            "kvserve_event_loop_lag_seconds", "How late the front end's event loop runs a timer.", _LAG_S
+        )
+        for plain in (self._call_s, self._between_s, self._per_message, self._lag_s):
+            registry.register(plain)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(
+                f"kvserve_{name}", text, ["model_name"], buckets=buckets, registry=registry
+            ).labels(model_name)
+
+        self._first_token_s = histogram(
+            "time_to_first_token_seconds", "From the whole request to its first message.", _FIRST_TOKEN_S
+        )
+        self._per_token_s = histogram(
+            "request_time_per_output_token_seconds",
+            "Decoding time by tokens after the first.",
+            _BETWEEN_TOKENS_S,
+        )
+        self._queue_s = histogram("request_queue_time_seconds", "Waiting for the first step.", _REQUEST_S)
+        self._prefill_s = histogram("request_prefill_time_seconds", "Computing the prompt.", _REQUEST_S)
+        self._decode_s = histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _REQUEST_S
+        )
+        self._tokenize_s = histogram(
+            "request_tokenize_time_seconds", "Template and tokenizer.", _FIRST_TOKEN_S
+        )
+        self._prompt_tokens = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)
+        self._new_tokens = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+
+    def begin(self, call: Call, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
+        """Note a call."""
+        self._active.inc()
+
+    def end(self, call: Call, code: grpc.StatusCode) -> None:
+        """Note a call's end."""
+        self._active.dec()
+        # Methods are those of our own services: the set of label values is bounded.
+        self._calls.labels(call.method.rpartition("/")[2], code.name).inc()
+        self._call_s.observe(time.perf_counter() - call.started_s)
+
+    def message(self, num_tokens: int, interval_s: float | None) -> None:
+        """Note a streamed message."""
+        self._per_message.observe(num_tokens)
+        if interval_s is not None:
+            self._between_s.observe(interval_s)
+
+    def finished(self, summary: pb.GenerateSummary, num_samples: int) -> None:
+        """Note a generation that ended well."""
+        usage, timings = summary.usage, summary.timings
+        self._first_token_s.observe(timings.first_token_s)
+        self._queue_s.observe(timings.queue_s)
+        self._prefill_s.observe(timings.prefill_s)
+        self._decode_s.observe(timings.decode_s)
+        self._tokenize_s.observe(timings.tokenize_s)
+        self._prompt_tokens.observe(usage.prompt_tokens)
+        self._new_tokens.observe(usage.generated_tokens)
+        per_sample = usage.generated_tokens / num_samples
+        if per_sample > 1:
+            self._per_token_s.observe(timings.decode_s / (per_sample - 1))
+
+    def loop_lag(self, lag_s: float) -> None:
+        """Note how late the event loop was."""
+        self._lag_s.observe(lag_s)
+
+
+class EngineCollector(Collector):
+    """Reads an engine's latest snapshot when scraped; runs in the scraping thread, changes nothing."""
+
+    def __init__(self, engine: Engine, *, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the engine's metrics; only its state before it is ready."""
+        yield self._gauge(
+            "engine_up", "1 while the engine takes requests.", float(self._engine.state is EngineState.READY)
+        )
+        ready, stats = self._engine.ready, self._engine.stats
+        if ready is not None:
+            info = {
+                "block_size": str(ready.block_size),
+                "num_gpu_blocks": str(ready.num_blocks),
+                "bytes_per_block": str(ready.bytes_per_block),
+                "dtype": ready.dtype,
+                "device": ready.device,
+                "executor": ready.executor,
+            }
+            family = InfoMetricFamily("kvserve_cache_config", "How the KV cache is laid out.")
+            family.add_metric([], info)
+            yield family
+        if stats is not None:
+            yield from self._of_stats(stats)
+
+    def _of_stats(self, stats: EngineStats) -> Iterator[Metric]:
+        gauge, counter = self._gauge, self._counter
+        used = stats.num_blocks_leased / stats.num_blocks if stats.num_blocks else 0.0
+        cached = stats.cached_block_tokens + stats.cached_partial_tokens + stats.cached_tail_tokens
+        yield gauge("num_requests_running", "Requests that take part in steps.", stats.num_running)
+        yield gauge("num_requests_waiting", "Requests in the queue.", stats.num_waiting)
+        yield gauge("kv_cache_usage_perc", "Share of KV blocks held by running requests; 1 is all.", used)
+        yield gauge("kv_blocks", "KV blocks altogether.", stats.num_blocks)
+        yield gauge("kv_blocks_leased", "KV blocks held by running requests.", stats.num_blocks_leased)
+        yield gauge("kv_blocks_cached", "KV blocks held by the prefix tree alone.", stats.num_blocks_cached)
+        yield gauge("kv_blocks_free", "KV blocks that hold nothing.", stats.num_blocks_free)
+        yield counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens)
+        yield counter("prefix_cache_hits", "Prompt tokens found.", cached)
+        yield counter("prefix_cache_hit_block_tokens", "Found as whole blocks.", stats.cached_block_tokens)
+        yield counter(
+            "prefix_cache_hit_partial_tokens", "Found as part of a block.", stats.cached_partial_tokens
+        )
+        yield counter("prefix_cache_hit_tail_tokens", "Found as an exact tail.", stats.cached_tail_tokens)
+        yield counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
+        yield counter("computed_prompt_tokens", "Prompt tokens computed.", stats.computed_prompt_tokens)
+        yield counter("recomputed_tokens", "Tokens computed again.", stats.recomputed_tokens)
+        yield counter("generation_tokens", "Tokens generated.", stats.generated_tokens)
+        yield counter("requests_finished", "Requests that finished.", stats.requests_finished)
+        yield counter("requests_failed", "Requests that failed.", stats.requests_failed)
+        yield counter(
+            "num_preemptions", "Requests sent back to the queue for want of blocks.", stats.preemptions
+        )
+        yield counter("evicted_blocks", "Cached blocks given up for others.", stats.evicted_blocks)
+        yield counter("expired_blocks", "Cached blocks that outlived their lifetime.", stats.expired_blocks)
+        yield counter(
+            "grouped_tokens", "Query tokens that shared a prefix's attention.", stats.grouped_tokens
+        )
+        yield counter("engine_steps", "Steps of the engine.", stats.steps)
+        yield counter("engine_step_seconds", "Time in steps.", stats.step_s)
+        yield counter("engine_plan_seconds", "Time spent planning them.", stats.plan_s)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"kvserve_{name}", text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"kvserve_{name}", text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+
+class MetricsServer:
+    """``/metrics`` over HTTP, in a thread of its own."""
+
+    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
+        """Listen. Raises ``OSError``."""
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port = int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving. Blocks for a moment."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
