@@ -1,0 +1,76 @@
+"""What ``kvctl`` writes: answers to standard output, everything about them to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import kvserve
+from kvserve._config import resolve_config
+from kvserve._results import GenerateResult, ModelInfo
+
+__all__ = ["complain", "describe_error", "note", "say", "stats_line", "write_json"]
+
+
+_HARMLESS = dict.fromkeys((*range(32), *range(127, 160)), "�")
+for _code in map(ord, "\n\t"):
+    del _HARMLESS[_code]
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Write to standard output at once; to a terminal without the control characters that could steer it."""
+    sys.stdout.write((text.translate(_HARMLESS) if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write a line beside the answer, dim on a terminal."""
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else text + "\n")
+    sys.stderr.flush()
+
+
+def complain(text: str) -> None:
+    """Write an error, on one line."""
+    sys.stderr.write(f"kvctl: {' '.join(text.split())}\n")
+
+
+def describe_error(error: kvserve.Error, *, target: str | None) -> str:
+    """Say what went wrong, for a user of the command."""
+    if isinstance(error, kvserve.Unavailable):
+        return f"{resolve_config(target, {}).target} is unavailable: {error.message}"
+    text = error.message
+    missing = [v for v in error.violations if v.field not in text or v.description not in text]
+    if missing:
+        text += "; " + "; ".join(f"{violation.field}: {violation.description}" for violation in missing)
+    if error.retry_after_s is not None:
+        text += f" (try again in {error.retry_after_s:g} s)"
+    return text
+
+
+def stats_line(result: GenerateResult, *, first_token_s: float | None, elapsed_s: float) -> str:
+    """Summarise an answer: where the prompt came from, how long the first token took, how fast the rest was.
+
+    ``first_token_s`` and ``elapsed_s`` are measured here, from opening the call.
+    """
+    usage = result.usage
+    parts = [f"prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached"]
+    if first_token_s is not None:
+        server_ms = result.timings.first_token_s * 1000
+        parts.append(f"first token {first_token_s * 1000:.1f} ms (server {server_ms:.1f} ms)")
+        rest_s = elapsed_s - first_token_s
+        speed = (
+            f" at {(usage.generated_tokens - 1) / rest_s:.1f}/s"
+            if usage.generated_tokens > 1 and rest_s > 0
+            else ""
+        )
+        parts.append(f"{usage.generated_tokens} tokens{speed}")
+    parts.append(str(result.finish_reason))
+    return "[" + " | ".join(parts) + "]"
+
+
+def write_json(value: GenerateResult | ModelInfo) -> None:
+    """Write one result as one line of JSON."""
+    sys.stdout.write(json.dumps(asdict(value), ensure_ascii=False) + "\n")
