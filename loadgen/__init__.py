@@ -1,0 +1,1 @@
+"""Load for a kvserve server: workloads, arrivals, a runner over the public client, reports, experiments."""

@@ -1,0 +1,267 @@
+"""``python -m loadgen.bench``: measure the server beside its peers and its limits, in one run.
+
+::
+
+    limits (bandwidth, matrix rate)
+    core (tree, plan)              no model
+    front end alone                a fake engine
+    for each shape:                our server and the peer's process stand side by side, one works at a time
+        repeats, identical prompts, decode of one sequence
+        peer's best settings ──► workloads, order alternating
+
+Writes ``bench.json`` and ``bench.md``. An experiment that cannot be run is named in the report and the others
+go on; the exit status says how many could not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from loadgen.experiments.core import measure_core
+from loadgen.experiments.figures import Figure, Report, markdown_lines
+from loadgen.experiments.front_end import measure_front_end
+from loadgen.experiments.machine import Limits, load_average, machine_facts
+from loadgen.experiments.plan import (
+    CONTINUOUS,
+    GENERATE,
+    PLANS,
+    TARGETS,
+    Plan,
+    continuous_candidates,
+    generate_candidates,
+)
+from loadgen.experiments.processes import ProcessFailed, Server, run_json, serve
+from loadgen.experiments.repeats import measure_cold_prompts, measure_repeats
+from loadgen.experiments.shapes import SHAPES, ModelShape, write_model_folder
+from loadgen.experiments.single_sequence import measure_decode
+from loadgen.experiments.throughput import WORKLOADS, Peer, calibrate, compare
+
+__all__ = ["Bench", "main"]
+
+BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "server" / "worker" / "builtin"
+"""Whose tokenizer the random models borrow: prompts are token ids, but a server wants a tokenizer."""
+
+Outcome = tuple[list[Figure], dict[str, object]]
+
+
+class Bench:
+    """One run: owns the report and the folder of logs."""
+
+    def __init__(
+        self, plan: Plan, *, mode: str, folder: Path, limits: Limits, server_arguments: list[str]
+    ) -> None:
+        self._plan = plan
+        self._is_thorough = mode == "full"
+        self._folder = folder
+        self._limits = limits
+        self._server_arguments = server_arguments
+        self.report = Report(
+            started_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"), mode=mode, machine=machine_facts(limits)
+        )
+
+    def attempt(self, name: str, experiment: Callable[[], Outcome]) -> None:
+        """Run one experiment and add what it says to the report, or why it said nothing."""
+        print(f"{name} ...", flush=True)
+        before, started = load_average(), time.monotonic()
+        try:
+            figures, details = experiment()
+        except (ProcessFailed, msgspec.DecodeError, OSError) as failure:
+            self.report.problems.append(f"{name}: {failure}")
+            print(f"    not measured: {failure}", flush=True)
+            return
+        self.report.figures += figures
+        self.report.details[name] = details | {
+            "load_before": before,
+            "load_after": load_average(),
+            "took_s": time.monotonic() - started,
+        }
+        for figure in figures:
+            beside = "" if figure.other is None else f" (beside: {figure.other:.4g} {figure.other_name})"
+            met = {True: ", met", False: ", MISSED", None: ""}[figure.is_met]
+            print(f"    {figure.name}: {figure.value:.4g} {figure.unit}{beside}{met}", flush=True)
+
+    def run_core(self) -> None:
+        """Measure the tree and the scheduler."""
+        self.attempt("core", lambda: measure_core(self._plan.budget_s))
+
+    def run_front_end(self) -> None:
+        """Measure the front end alone."""
+        self.attempt(
+            "front end alone",
+            lambda: measure_front_end(
+                log=self._folder / "front-end.log",
+                num_loads=max(1, min(4, self._limits.cores - 1)),
+                streams=32,
+                new_tokens=4096,
+                timeout_s=self._plan.budget_s,
+            ),
+        )
+
+    def run_shape(self, shape: ModelShape, *, only: set[str]) -> None:
+        """Measure everything that has a model of this shape in it."""
+        folder = write_model_folder(shape, self._folder / shape.name, tokenizer_from=BUILTIN_FOLDER)
+        arguments = ["--random-weights", "--dtype", "bfloat16", *self._server_arguments]
+        peer = Peer(shape, self._folder / f"peer-{shape.name}.log")
+        try:
+            with serve(str(folder), arguments, log=self._folder / f"server-{shape.name}.log") as server:
+                self.report.details[f"server, {shape.name}"] = server.said
+                self._run_on(shape, server, peer, only)
+        except ProcessFailed as failure:
+            self.report.problems.append(f"{shape.name}: {failure}")
+            print(f"    not measured: {failure}", flush=True)
+        finally:
+            peer.stop()
+
+    def _run_on(self, shape: ModelShape, server: Server, peer: Peer, only: set[str]) -> None:
+        plan, target = self._plan, server.target
+        cores, capability = self._limits.cores, self._limits.torch_capability
+        if "repeats" in only:
+            self.attempt(
+                f"exact repeats, {shape.name}",
+                lambda: measure_repeats(
+                    shape.name,
+                    target=target,
+                    prompt_lengths=plan.repeat_lengths,
+                    repeats=plan.num_repeats,
+                    timeout_s=plan.budget_s,
+                ),
+            )
+            self.attempt(
+                f"identical cold prompts, {shape.name}",
+                lambda: measure_cold_prompts(
+                    shape.name,
+                    target=target,
+                    num_requests=64,
+                    prompt_tokens=512,
+                    seed=7,
+                    timeout_s=plan.budget_s,
+                ),
+            )
+        if "decode" in only:
+            self._measure_bandwidth_again()
+            self.attempt(
+                f"decode of one sequence, {shape.name}",
+                lambda: measure_decode(
+                    shape,
+                    target=target,
+                    peer=peer,
+                    candidates=generate_candidates(cores, capability),
+                    read_bytes_per_s=self._limits.read_bytes_per_s,
+                    repeats=plan.decode_repeats,
+                    timeout_s=plan.budget_s,
+                ),
+            )
+        if "throughput" in only and plan.workloads[shape.name]:
+            self._run_workloads(shape, target, peer)
+
+    def _measure_bandwidth_again(self) -> None:
+        """Keep the higher bandwidth: what another process disturbed would make too low a limit."""
+        try:
+            again = msgspec.convert(run_json(["loadgen.experiments.limits"], timeout_s=300.0), Limits)
+        except ProcessFailed as failure:
+            self.report.problems.append(f"bandwidth, measured again: {failure}")
+            return
+        if again.read_bytes_per_s > self._limits.read_bytes_per_s:
+            self._limits = again
+            self.report.machine |= {
+                name: value for name, value in machine_facts(again).items() if name != "load before"
+            }
+
+    def _run_workloads(self, shape: ModelShape, target: str, peer: Peer) -> None:
+        plan, cores, capability = self._plan, self._limits.cores, self._limits.torch_capability
+        print(f"best settings of the peers, {shape.name} ...", flush=True)
+        generate, tried = calibrate(peer, shape, generate_candidates(cores, capability), plan.calibration_s)
+        candidates = continuous_candidates(cores, capability, is_thorough=self._is_thorough, like=generate)
+        continuous, also_tried = calibrate(peer, shape, candidates, plan.calibration_s)
+        settings = {CONTINUOUS: continuous, GENERATE: generate}
+        self.report.details[f"best settings of the peers, {shape.name}"] = {
+            "tried": tried + also_tried,
+            "best": {name: msgspec.to_builtins(chosen) for name, chosen in settings.items()},
+        }
+        for name in plan.workloads[shape.name]:
+            self.attempt(
+                f"{name}, {shape.name}",
+                lambda name=name: compare(  # type: ignore[misc]
+                    WORKLOADS[name],
+                    shape,
+                    target=target,
+                    peer=peer,
+                    settings=settings,
+                    targets=TARGETS.get(shape.name, {}).get(name, {}),
+                    limits=self._limits,
+                    repeats=plan.repeats,
+                    budget_s=plan.budget_s,
+                ),
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write the report as JSON and as Markdown."""
+        self.report.machine["load after"] = load_average()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(self.report)))
+        (folder / "bench.md").write_text("\n".join(markdown_lines(self.report)) + "\n")
+
+
+EXPERIMENTS = ("core", "front-end", "repeats", "decode", "throughput")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return 0 if every experiment could be run. Missed targets are not failures."""
+    parser = argparse.ArgumentParser(prog="loadgen.bench", description=(__doc__ or "").partition("\n")[0])
+    modes = parser.add_mutually_exclusive_group()
+    for name in PLANS:
+        modes.add_argument(f"--{name}", dest="mode", action="store_const", const=name)
+    parser.set_defaults(mode="quick")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=None)
+    parser.add_argument(
+        "--workloads", nargs="+", choices=sorted(WORKLOADS), default=None, help="instead of the mode's own"
+    )
+    parser.add_argument("--repeats", type=int, default=None, help="runs of each workload")
+    parser.add_argument("--budget", type=float, default=None, help="seconds for one workload on one shape")
+    parser.add_argument("--out", type=Path, default=Path("reports"), help="folder of the report")
+    parser.add_argument("--server-argument", action="append", default=[], help="for the server; repeatable")
+    options = parser.parse_args(arguments)
+    plan, only = PLANS[options.mode], set(options.only)
+    if options.workloads is not None:
+        plan = msgspec.structs.replace(plan, workloads=dict.fromkeys(SHAPES, tuple(options.workloads)))
+    if options.repeats is not None:
+        plan = msgspec.structs.replace(plan, repeats=options.repeats)
+    if options.budget is not None:
+        plan = msgspec.structs.replace(plan, budget_s=options.budget)
+    # So that a terminated run, too, ends the processes it started and writes what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="kvserve-bench-") as folder:
+        print("limits of the machine ...", flush=True)
+        limits = msgspec.convert(run_json(["loadgen.experiments.limits"], timeout_s=300.0), Limits)
+        bench = Bench(
+            plan,
+            mode=options.mode,
+            folder=Path(folder),
+            limits=limits,
+            server_arguments=options.server_argument,
+        )
+        try:
+            if "core" in only:
+                bench.run_core()
+            if "front-end" in only:
+                bench.run_front_end()
+            if only & {"repeats", "decode", "throughput"}:
+                for name in options.shapes or plan.shapes:
+                    bench.run_shape(SHAPES[name], only=only)
+        finally:
+            bench.write(options.out)
+    print(f"report: {options.out / 'bench.md'}")
+    return 1 if bench.report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
