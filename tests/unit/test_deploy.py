@@ -1,0 +1,46 @@
+"""The dashboard asks for metrics that the server has."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from server.engine.fake import FakeEngine
+from server.telemetry.metrics import EngineCollector, FrontEndMetrics
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+SAMPLE_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
+
+
+def known_samples():
+    registry = CollectorRegistry()
+    FrontEndMetrics(registry, model_name="m")
+    registry.register(EngineCollector(FakeEngine(), model_name="m"))
+    names = {metric.name for metric in registry.collect()}
+    return {name + suffix for name in names for suffix in SAMPLE_SUFFIXES}
+
+
+async def test_the_dashboard_asks_for_metrics_that_exist():
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/kvserve.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"kvserve_\w+", expression)}
+    assert asked
+    assert asked <= known_samples()
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.y*ml")), ids=lambda path: path.name)
+def test_configuration_files_are_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_prometheus_scrapes_the_port_that_the_server_is_given():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    command = compose["services"]["kvserve"]["command"]
+    scrape = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    port = command[command.index("--metrics-port") + 1]
+    assert scrape["static_configs"][0]["targets"] == [f"kvserve:{port}"]
