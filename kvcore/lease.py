@@ -65,6 +65,8 @@ class Found:
     is_being_computed: bool
     """The running step computes what comes next: waiting for it is better than computing it, too."""
     match: PrefixMatch
+    is_read: bool = True
+    """False: nobody looked."""
 
     @property
     def end(self) -> Node:

@@ -17,23 +17,37 @@ Not thread-safe: one engine loop owns it. Tokens are packed arrays (``kvcore.key
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from kvcore.blocks import BlockId, BlockPool
 from kvcore.clock import Clock
+from kvcore.control import CacheControl
 from kvcore.counters import CacheCounters
 from kvcore.cursors import Cursor, CursorBoard
 from kvcore.errors import IntegrityError, OutOfBlocks
+from kvcore.events import CacheListener, LeaveCause
+from kvcore.heat import add_heat, use_at
 from kvcore.integrity import check_integrity
 from kvcore.keys import NamespaceKey
+from kvcore.lanes import EvictionLanes
 from kvcore.lease import Found, Lease, PrefixMatch, SlotCopy
 from kvcore.node import Node, NodeState
-from kvcore.policies import EvictionPolicy, lru
+from kvcore.pins import HARD_SHARE, SOFT_SHARE, PinBook
+from kvcore.policies import EvictionPolicy, LruPolicy
+from kvcore.quotas import Quotas
 from kvcore.reclaim import Reclaimer
-from kvcore.tails import TailStore
+from kvcore.restore import Restorer
+from kvcore.tails import Tail, TailStore
 from kvcore.tree import PrefixTree
 
-__all__ = ["CacheManager"]
+__all__ = ["CacheManager", "TokenCost", "nominal_cost"]
+
+TokenCost = Callable[[int, int], float]
+
+
+def nominal_cost(start: int, stop: int) -> float:
+    """Stand in for a measured cost: a millisecond a token."""
+    return 1e-3 * (stop - start)
 
 
 class CacheManager:
@@ -46,16 +60,29 @@ class CacheManager:
         block_size: int,
         clock: Clock,
         num_logits_slots: int = 0,
-        policy: EvictionPolicy = lru,
+        policy: EvictionPolicy | None = None,
+        max_share: float | None = None,
+        hard_pin_share: float = HARD_SHARE,
+        soft_pin_share: float = SOFT_SHARE,
     ) -> None:
+        """``max_share`` of the pool is what one namespace may keep when others want room; None: all of it."""
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(block_size)
         self.tails = TailStore(num_logits_slots)
         self.board = CursorBoard(self.tree)
         self.counters = CacheCounters()
         self.block_size = block_size
+        self.quotas = Quotas(num_blocks, default_share=max_share)
+        self.pins = PinBook(
+            self.tree,
+            num_blocks=num_blocks,
+            let_go=lambda node: self._reclaimer.offer(node),
+            hard_share=hard_pin_share,
+            soft_share=soft_pin_share,
+        )
         self._clock = clock
         self._leases: dict[Lease, None] = {}
+        self._lanes = EvictionLanes(policy or LruPolicy(capacity_blocks=num_blocks))
         self._reclaimer = Reclaimer(
             pool=self.pool,
             tree=self.tree,
@@ -63,8 +90,22 @@ class CacheManager:
             board=self.board,
             counters=self.counters,
             clock=clock,
-            policy=policy,
+            lanes=self._lanes,
+            pins=self.pins,
+            quotas=self.quotas,
         )
+        self.control = CacheControl(
+            tree=self.tree,
+            tails=self.tails,
+            pins=self.pins,
+            quotas=self.quotas,
+            lanes=self._lanes,
+            reclaimer=self._reclaimer,
+            clock=clock,
+        )
+        self.restorer = Restorer(tree=self.tree, tails=self.tails, reclaimer=self._reclaimer, clock=clock)
+        self.cost: TokenCost = nominal_cost
+        """Seconds of computing positions ``[start, stop)`` of a prompt, as the engine has measured them."""
 
     def __repr__(self) -> str:
         return f"CacheManager({self.pool!r}, {self.tree!r}, {len(self._leases)} leases)"
@@ -73,6 +114,11 @@ class CacheManager:
     def num_available(self) -> int:
         """Return how many blocks can be had right now: free ones and evictable ones."""
         return self._reclaimer.num_available
+
+    @property
+    def listeners(self) -> list[CacheListener]:
+        """Return those who are told what happens to blocks: append to it."""
+        return self._reclaimer.listeners
 
     @property
     def leases(self) -> Collection[Lease]:
@@ -96,9 +142,8 @@ class CacheManager:
         """
         root = self.tree.root(namespace)
         if not read:
-            return Found(
-                root, [], None, None, is_being_computed=False, match=PrefixMatch(0, 0, is_exact=False)
-            )
+            nothing = PrefixMatch(0, 0, is_exact=False)
+            return Found(root, [], None, None, is_being_computed=False, match=nothing, is_read=False)
         now, size = self._clock.now(), self.block_size
         path = self.tree.walk(root, tokens, len(tokens), owner, now)
         node = path[-1] if path else root
@@ -145,15 +190,12 @@ class CacheManager:
             raise IntegrityError("a lease cannot draw from logits that the running step computes")
         self.tree.hold(found.end)  # first, so that making room for the copy evicts none of it
         source, target = found.source, BlockId(-1)
+        if source is not None and not self.num_available:
+            self._reclaimer.drop(found.end)
+            raise OutOfBlocks(needed=1, available=0)
+        self._note_use(found, len(tokens), owner)
         if source is not None:
-            try:
-                target = self._reclaimer.take(1)[0]
-            except OutOfBlocks:
-                self._reclaimer.drop(found.end)
-                raise
-        self.tree.touch(found.path)
-        for matched in found.path:
-            matched.hits += 1
+            target = self._reclaimer.take(1, found.root.space)[0]
         lease = Lease(found=found, tokens=tokens, owner=owner, lifetime_s=lifetime_s)
         self._leases[lease] = None
         if source is not None:
@@ -186,7 +228,7 @@ class CacheManager:
             return
         now = self._clock.now()
         if missing > 0:
-            lease.block_table.extend(self._reclaimer.take(missing))
+            lease.block_table.extend(self._reclaimer.take(missing, lease.root.space))
         lease.in_flight = num_tokens
         for index in range(start // size, -(-stop // size)):
             anchor = lease.nodes[index - 1] if index else lease.root
@@ -197,7 +239,7 @@ class CacheManager:
                 packed = lease.tokens[index * size : (index + 1) * size].tobytes()
                 twin = self.tree.find_child(anchor, packed, lease.owner, now)
                 if twin is None:
-                    self._publish(lease, anchor, lease.nodes[index], packed, now)
+                    self._publish(lease, lease.nodes[index], packed, now)
                 else:
                     self._defer_to(lease, index, twin)
         self._hold_deepest(lease)
@@ -220,11 +262,13 @@ class CacheManager:
         The logits of ``spoiled`` leases are no good and not kept; discard these leases afterwards.
         """
         now = self._clock.now()
-        leases = list(leases)
+        leases, stored, kept = list(leases), list[list[Node]](), list[Tail]()
         for lease in leases:
             for node in lease.pending:
                 node.state = NodeState.READY
                 node.producer = None
+            if self.listeners and lease.pending and lease.owner is None and lease not in spoiled:
+                stored.append(list(lease.pending))
             lease.pending.clear()
         for lease in leases:
             self._settle(lease, now)
@@ -233,9 +277,16 @@ class CacheManager:
                     self.tails.remove(lease.new_tail)
                 else:
                     lease.new_tail.is_ready = True
+                    if lease.owner is None:
+                        kept.append(lease.new_tail)
                 lease.new_tail = None
             lease.used_tail = None
         self.tails.end_step()
+        for listener in self.listeners:
+            for nodes in stored:
+                listener.stored(nodes)
+            for tail in kept:
+                listener.tail_stored(tail)
 
     def roll_back(self, leases: Iterable[Lease]) -> None:
         """The step failed: end all leases of the plan; nothing that they inserted stays."""
@@ -247,9 +298,20 @@ class CacheManager:
         if lease.in_flight or lease.pending or lease.duplicates:
             raise IntegrityError(f"{lease!r} released in the middle of a step")
         self._close(lease)
-        self.tree.touch(lease.nodes)
+        self.tree.touch(lease.nodes, self._clock.now())
         self._reclaimer.drop(lease.held)
         self._reclaimer.prune(lease)
+
+    def note_end(self, lease: Lease, *, num_prompt_tokens: int) -> None:
+        """A request has come to its end: tell the policy, before its lease is released.
+
+        Not for one that was cancelled, preempted or failed.
+        """
+        if lease.owner is None:
+            left = [n for n in lease.nodes if n.state is NodeState.READY and n.owner is None]
+            num_output = len(lease.tokens) - num_prompt_tokens
+            policy = self._lanes.policy_of(lease.root.space)
+            policy.closed(left, num_prompt_tokens, num_output, self._clock.now())
 
     def discard(self, leases: Iterable[Lease]) -> None:
         """End leases whose content must not be used: nothing that they inserted is found any more.
@@ -263,10 +325,36 @@ class CacheManager:
                 self.tails.remove(lease.new_tail)
             self.pool.give_back(lease.duplicates.values())
             self._reclaimer.drop(lease.held)
-        for node in self._reclaimer.remove_unheld({n for lease in leases for n in lease.inserted}):
+        inserted = {n for lease in leases for n in lease.inserted}
+        if len(self.pins):
+            self.pins.end_through(inserted)
+        for node in self._reclaimer.remove_unheld(inserted, LeaveCause.DISCARDED):
             node.limit_life(now)
         for lease in leases:
             self._reclaimer.prune(lease)
+
+    def count_request(self, lease: Lease, *, restored_tokens: int = 0, restore_s: float = 0.0) -> None:
+        """Count a request that looked its prompt up and was admitted with ``lease``: once per request.
+
+        ``restored_tokens`` of its whole blocks were brought back for it, which took ``restore_s``.
+        """
+        match, space = lease.match, self.tree.spaces.use(lease.root.space.key)
+        totals, num_prompt = space.totals, len(lease.tokens)
+        totals.requests += 1
+        totals.hits += match.num_tokens > 0
+        totals.prompt_tokens += num_prompt
+        totals.cached_block_tokens += match.block_tokens - restored_tokens
+        totals.restored_tokens += restored_tokens
+        if match.is_exact:
+            totals.cached_tail_tokens += match.partial_tokens
+        else:
+            totals.cached_partial_tokens += match.partial_tokens
+        totals.time_saved_s += self.cost(0, match.num_tokens) - restore_s
+        canary = self._lanes.canary
+        if canary is not None:
+            counts = canary.counts if canary.has(space) else canary.live_counts
+            counts.prompt_tokens += num_prompt
+            counts.reused_tokens += match.num_tokens
 
     def forget_owner(self, owner: int) -> None:
         """Drop what a private request kept beside its leases. Call when it ends."""
@@ -291,9 +379,26 @@ class CacheManager:
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if an invariant is broken. Walks everything: for tests and idle times."""
-        check_integrity(self.pool, self.tree, self.tails, self._leases)
+        check_integrity(self.pool, self.tree, self.tails, self.pins, self._lanes, self._leases)
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _note_use(self, found: Found, num_tokens: int, owner: int | None) -> None:
+        """Count the use of what was found, and tell the policy of the request."""
+        path, now = found.path, self._clock.now()
+        source = found.source
+        whole_use = path if source is None or source.state is not NodeState.OPEN else [*path, source]
+        self.tree.touch(whole_use, now)
+        for matched in whole_use:
+            matched.hits += 1
+            matched.is_released = False
+        if not found.is_read:
+            return
+        if whole_use:
+            used = whole_use[-1]
+            used.heat = add_heat(used.heat, use_at(now))
+        shared = path if owner is None else [n for n in path if n.owner is None]
+        self._lanes.policy_of(found.root.space).opened(shared, num_tokens, now)
 
     def _producer_goes_on(self, frontier: Node, tokens: array[int]) -> bool:
         """Say whether who fills ``frontier`` in this step fills the block that ``tokens`` need next, too."""
@@ -307,13 +412,12 @@ class CacheManager:
             and wanted == producer.tokens[position : position + self.block_size]
         )
 
-    def _publish(self, lease: Lease, anchor: Node, node: Node, packed: bytes, now: float) -> None:
+    def _publish(self, lease: Lease, node: Node, packed: bytes, now: float) -> None:
         self.tree.fill(node, packed, producer=lease)
         self._stamp(node, lease, now)
         lease.pending.append(node)
-        self.counters.inserted_blocks += 1
         if lease.owner is None:
-            self.board.published(anchor, node)
+            self._reclaimer.entered(node)
 
     def _defer_to(self, lease: Lease, index: int, twin: Node) -> None:
         """The tree has this very block already: keep ours private for the step, follow theirs from here."""
@@ -322,7 +426,7 @@ class CacheManager:
         if lease.held is own:
             self._move_hold(lease, twin)
         lease.deferred.add(index)
-        lease.duplicates[index] = self.tree.remove(own)
+        lease.duplicates[index] = self._reclaimer.detach(own, LeaveCause.DISCARDED)
 
     def _settle(self, lease: Lease, now: float) -> None:
         """Enter what the step has computed."""
@@ -345,6 +449,7 @@ class CacheManager:
         if node.inserted_at is not None:
             return
         node.inserted_at = now
+        self._reclaimer.count_inserted(node)
         if lease.lifetime_s is not None:
             node.limit_life(now + lease.lifetime_s)
         self._reclaimer.watch_lifetime(node)

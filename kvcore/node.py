@@ -5,14 +5,17 @@ from __future__ import annotations
 from array import array
 from enum import Enum
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcore.blocks import BlockId
 from kvcore.errors import IntegrityError
 
 if TYPE_CHECKING:
     from kvcore.cursors import CursorGroup
+    from kvcore.keys import PrefixDigest
     from kvcore.lease import Lease
+    from kvcore.pins import Pin
+    from kvcore.spaces import Space
     from kvcore.tails import Tail
 
 __all__ = ["Key", "Node", "NodeState", "key_of"]
@@ -46,10 +49,14 @@ class Node:
         "children",
         "cursors",
         "depth",
+        "digest",
         "expires_at",
+        "heat",
         "hits",
         "inserted_at",
+        "is_released",
         "last_used",
+        "mark",
         "num_busy_children",
         "num_children",
         "num_holds",
@@ -57,13 +64,20 @@ class Node:
         "owner",
         "packed",
         "parent",
+        "pin",
         "producer",
         "serial",
+        "space",
         "state",
         "tails",
+        "used_at",
     )
 
-    def __init__(self, *, parent: Node | None, block: BlockId | None, owner: int | None, tick: int) -> None:
+    def __init__(
+        self, *, parent: Node | None, block: BlockId | None, owner: int | None, tick: int, space: Space
+    ) -> None:
+        self.space = space
+        """Of its namespace; the same for the whole tree below a root."""
         self.parent = parent
         """None of a root, and of a node that was removed."""
         self.block = block
@@ -79,10 +93,22 @@ class Node:
         self.num_holds = 0
         self.num_busy_children = 0
         self.last_used = tick
+        self.used_at: float | None = None
+        """When a request last began or ended with it; None before the first has ended."""
         self.inserted_at: float | None = None
         """When its first slot was filled: a block is as old as its oldest slot."""
         self.expires_at: float | None = None
         self.hits = 0
+        self.heat: float | None = None
+        """Uses that ended here, faded with time: see ``kvcore.heat``."""
+        self.mark: Any = None
+        """What the policy keeps of it; nobody else reads it."""
+        self.digest: PrefixDigest | None = None
+        """Kept by ``kvcore.index.digest_of`` once somebody has asked; None of an OPEN node."""
+        self.pin: Pin | None = None
+        """An operator's hold that ends here and covers the path to here."""
+        self.is_released = False
+        """Somebody said that it is not needed any more; a reuse takes that back."""
         self.producer: Lease | None = None
         """Who fills a PENDING node."""
         self.tails: dict[Key, Tail] | None = None
@@ -111,7 +137,7 @@ class Node:
 
     @property
     def is_busy(self) -> bool:
-        """Say whether a lease holds this node or one below it."""
+        """Say whether a lease or a hard pin holds this node or one below it."""
         return self.num_holds > 0 or self.num_busy_children > 0
 
     def is_expired(self, now: float) -> bool:

@@ -122,6 +122,11 @@ class TailStore:
         for tail in list(self._private.get(owner, ())):
             self.remove(tail)
 
+    def clear_at(self, node: Node) -> None:
+        """Forget the tails of a node that the running plan does not name."""
+        for tail in [t for t in (node.tails or {}).values() if t.slot not in self._busy]:
+            self.remove(tail)
+
     def clear(self) -> None:
         """Forget every tail that the running plan does not name."""
         for tail in [t for t in self._tails if t.slot not in self._busy]:

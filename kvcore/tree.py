@@ -9,10 +9,10 @@
 Exact keys leave nothing to collide. They are the packed bytes of the ids: a walk over 32,768 tokens is
 2,048 look-ups of 64 bytes each, and the garbage collector never visits a key.
 
-**Holds.** A lease holds its deepest node only; ``num_busy_children`` carries "somewhere below me is a
-hold" upwards, one counter per node, stopping at the first ancestor that is busy anyway. A node that is
-not busy is *evictable*: it can go once its children have gone, so ``num_evictable`` blocks can always
-be had, and an eviction never has to be undone half way.
+**Holds.** A lease or a hard pin holds its deepest node only; ``num_busy_children`` carries "somewhere
+below me is a hold" upwards, one counter per node, stopping at the first ancestor that is busy anyway. A
+node that is not busy is *evictable*: it can go once its children have gone, so ``num_evictable`` blocks
+can always be had, and an eviction never has to be undone half way.
 
 **Private nodes.** A request that may leave nothing behind owns its nodes: their key starts with the
 owner's number, so nobody else finds them, and they go when the hold goes.
@@ -30,6 +30,7 @@ from kvcore.errors import IntegrityError
 from kvcore.keys import TOKEN_BYTES, NamespaceKey
 from kvcore.lease import Lease
 from kvcore.node import Node, NodeState, key_of
+from kvcore.spaces import SpaceTable
 
 __all__ = ["PrefixTree", "num_common_tokens"]
 
@@ -57,6 +58,7 @@ class PrefixTree:
         if block_size < 1:
             raise ValueError("a block holds at least one position")
         self.block_size = block_size
+        self.spaces = SpaceTable()
         self.roots: dict[NamespaceKey, Node] = {}
         self.num_nodes = 0
         self.num_evictable = 0
@@ -82,7 +84,8 @@ class PrefixTree:
             if len(self.roots) >= self._max_roots:
                 self.drop_empty_roots()
                 self._max_roots = max(MIN_NAMESPACES_TO_SWEEP, 2 * len(self.roots))
-            found = Node(parent=None, block=None, owner=None, tick=0)
+            space = self.spaces.use(namespace)
+            found = space.root = Node(parent=None, block=None, owner=None, tick=0, space=space)
             found.state = NodeState.READY
             self.roots[namespace] = found
         return found
@@ -95,7 +98,7 @@ class PrefixTree:
             if not root.num_children and not root.is_busy and not root.cursors and not root.tails
         ]
         for key in empty:
-            del self.roots[key]
+            self.roots.pop(key).space.root = None
 
     def next_tick(self) -> int:
         """Advance the logical clock of recency."""
@@ -167,15 +170,19 @@ class PrefixTree:
 
     def add_open(self, parent: Node, block: BlockId, owner: int | None) -> Node:
         """Add an OPEN node with no tokens yet, used now. It is evictable until it is held."""
-        node = Node(parent=parent, block=block, owner=owner, tick=self.next_tick())
+        node = Node(parent=parent, block=block, owner=owner, tick=self.next_tick(), space=parent.space)
+        node.space.num_blocks += 1
         parent.open_children[node] = None
         parent.num_children += 1
         self.num_nodes += 1
         self.num_evictable += 1
         return node
 
-    def fill(self, node: Node, packed: bytes, *, producer: Lease) -> None:
-        """Publish an OPEN node under its full key, PENDING. An expired holder of the key is displaced."""
+    def fill(self, node: Node, packed: bytes, *, producer: Lease | None) -> None:
+        """Publish an OPEN node under its full key, PENDING. An expired holder of the key is displaced.
+
+        Without a producer (a block that was restored) the caller makes it READY.
+        """
         parent = node.real_parent()
         del parent.open_children[node]
         node.packed = packed
@@ -199,6 +206,7 @@ class PrefixTree:
         else:
             del self.displaced[node]
         parent.num_children -= 1
+        node.space.num_blocks -= 1
         self.num_nodes -= 1
         self.num_evictable -= 1
         node.parent = None
@@ -208,7 +216,7 @@ class PrefixTree:
     # -- holds --------------------------------------------------------------------------------------
 
     def hold(self, node: Node) -> None:
-        """Add a lease's hold: the node and all its ancestors stop being evictable."""
+        """Add a lease's or a hard pin's hold: the node and all its ancestors stop being evictable."""
         was_busy = node.is_busy
         node.num_holds += 1
         current = node
@@ -245,11 +253,12 @@ class PrefixTree:
                 high = middle
         return len(path) - low
 
-    def touch(self, path: Sequence[Node]) -> None:
+    def touch(self, path: Sequence[Node], now: float) -> None:
         """Mark a path as used now."""
         tick = self.next_tick()
         for node in path:
             node.last_used = tick
+            node.used_at = now
 
     # -- inspection ---------------------------------------------------------------------------------
 

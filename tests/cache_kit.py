@@ -6,6 +6,7 @@ from kvcore.clock import ManualClock
 from kvcore.keys import NamespaceKey, pack_tokens
 from kvcore.lease import Lease, PrefixMatch
 from kvcore.manager import CacheManager
+from kvcore.node import Node
 
 __all__ = ["HOME", "CacheKit"]
 
@@ -15,10 +16,16 @@ HOME = NamespaceKey("model")
 class CacheKit:
     """A cache of small blocks under a clock that stands still."""
 
-    def __init__(self, num_blocks: int = 16, *, block_size: int = 4, num_logits_slots: int = 4) -> None:
+    def __init__(
+        self, num_blocks: int = 16, *, block_size: int = 4, num_logits_slots: int = 4, **more: object
+    ) -> None:
         self.clock = ManualClock()
         self.cache = CacheManager(
-            num_blocks=num_blocks, block_size=block_size, clock=self.clock, num_logits_slots=num_logits_slots
+            num_blocks=num_blocks,
+            block_size=block_size,
+            clock=self.clock,
+            num_logits_slots=num_logits_slots,
+            **more,
         )
 
     def open(self, tokens: list[int], *, namespace: NamespaceKey = HOME, read: bool = True, **how) -> Lease:
@@ -50,6 +57,21 @@ class CacheKit:
         self.cache.release(lease)
         self.cache.check_integrity()
         return table
+
+    def request(self, tokens: list[int], **how) -> int:
+        """Do a whole request and count it; return how many of its tokens were cached."""
+        lease = self.start(tokens, **how)
+        self.cache.count_request(lease)
+        self.cache.release(lease)
+        self.cache.check_integrity()
+        return lease.match.num_tokens
+
+    def node(self, tokens: list[int], *, namespace: NamespaceKey = HOME) -> Node:
+        """Return the node that bears the end of a cached prefix."""
+        found = self.cache.control.locate(namespace, pack_tokens(tokens))
+        assert found.node is not None
+        assert found.num_tokens == len(tokens)
+        return found.node
 
     def lookup(self, tokens: list[int], *, namespace: NamespaceKey = HOME) -> PrefixMatch:
         """Say how much of a prompt is cached."""

@@ -1,15 +1,17 @@
-"""Least recently used: the rank is the logical time of the last touch."""
+"""Least recently used: the order is the logical time of the last touch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from kvcore.policies.interface import Entry, EvictionPolicy
 
-if TYPE_CHECKING:
-    from kvcore.node import Node
-
-__all__ = ["lru"]
+__all__ = ["LruPolicy"]
 
 
-def lru(node: Node) -> float:
-    """Rank by recency. A lease touches its whole path, so a parent is never older than its children."""
-    return node.last_used
+class LruPolicy(EvictionPolicy):
+    """Rank by recency. A request touches its whole path, so a parent is never older than its children."""
+
+    name = "lru"
+    description = "least recently used: what nobody has asked for in the longest time goes first"
+
+    def order(self, entry: Entry) -> float:
+        return entry.last_used

@@ -15,15 +15,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcore.clock import ManualClock
-from kvcore.errors import OutOfBlocks
+from kvcore.errors import OutOfBlocks, OverBudget
+from kvcore.events import LeaveCause
 from kvcore.keys import NamespaceKey, pack_tokens
 from kvcore.lease import Lease
 from kvcore.manager import CacheManager
 from kvcore.node import Node, NodeState
+from kvcore.pins import Pin, PinKind
+from kvcore.policies import POLICIES, make_policy
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 owners = st.sampled_from([None, None, None, 1, 2])
 lifetimes = st.sampled_from([None, None, 0.0, 3.0])
+policies = st.sampled_from(sorted(POLICIES))
 
 
 @dataclass
@@ -35,8 +39,48 @@ class Running:
     planned: bool = False
 
 
+class Follower:
+    """A listener that keeps a copy of what is stored, as a tier or a watcher would."""
+
+    def __init__(self, cache: CacheManager) -> None:
+        self.cache = cache
+        self.stored_nodes: set[Node] = set()
+        self.taken_while_pinned: list[Node] = []
+
+    def stored(self, nodes):
+        assert all(n.state is NodeState.READY and n.owner is None for n in nodes)
+        self.stored_nodes.update(nodes)
+
+    def tail_stored(self, tail):
+        assert tail.is_ready
+        assert (tail.node.tails or {}).get(tail.key) is tail
+
+    def leaving(self, node, cause):
+        assert node.parent is not None
+        assert node.block is not None
+        assert not node.is_busy
+        self.stored_nodes.discard(node)
+        if cause in (LeaveCause.CAPACITY, LeaveCause.QUOTA, LeaveCause.RELEASED):
+            hard = {n for pin in self.cache.pins.all if pin.kind is PinKind.HARD for n in path_to(pin.node)}
+            assert node not in hard
+        if cause is LeaveCause.CAPACITY and node.pin is not None:  # a soft pin: nothing else could go
+            leaves = [n for n in self.cache.tree.iterate() if not n.is_busy and not n.num_children]
+            assert all(n.pin is not None for n in leaves)
+
+
+def path_to(node: Node) -> list[Node]:
+    path = []
+    while not node.is_root:
+        path.append(node)
+        node = node.real_parent()
+    return path
+
+
 class CacheAgainstModel(RuleBasedStateMachine):
-    """Random requests by hand: open, extend, commit, roll back, release, discard, expire, evict, clear."""
+    """Random requests by hand: open, extend, commit, roll back, release, discard, expire, evict, clear.
+
+    And an operator who pins, changes lifetimes, releases, sets quotas and switches policies meanwhile.
+    """
 
     @initialize(num_blocks=st.integers(3, 14), block_size=st.integers(1, 4), num_slots=st.integers(0, 3))
     def start(self, num_blocks, block_size, num_slots):
@@ -45,6 +89,14 @@ class CacheAgainstModel(RuleBasedStateMachine):
         self.cache = CacheManager(
             num_blocks=num_blocks, block_size=block_size, clock=self.clock, num_logits_slots=num_slots
         )
+        self.follower = Follower(self.cache)
+        self.cache.listeners.append(self.follower)
+        self.ended: list[Pin] = []
+        self.cache.pins.on_end = self.ended.append
+        self.hard: dict[Pin, list[Node]] = {}
+        """Hard pins that should hold, with the path that each covers."""
+        self.spoiled: set[Node] = set()
+        """Nodes of leases that were discarded."""
         self.running: list[Running] = []
         self.names = [NamespaceKey("m"), NamespaceKey("m", salt="s")]
         # What every slot of every block holds: the whole prefix up to it, as the worker would compute it.
@@ -158,10 +210,17 @@ class CacheAgainstModel(RuleBasedStateMachine):
         self.cache.commit([r.lease for r in planned])
         assert not any(n.state is NodeState.PENDING for n in self.cache.tree.iterate())
 
+    def of_this_step(self) -> list[Running]:
+        """Return all that the running step takes along: one that found no blocks may build on it, too."""
+        return [
+            r for r in self.running if r.planned or any(n.state is NodeState.PENDING for n in r.lease.nodes)
+        ]
+
     @precondition(lambda self: any(r.planned for r in self.running))
     @rule()
     def crash(self):
-        planned = [r for r in self.running if r.planned]
+        planned = self.of_this_step()
+        self.spoiled.update(n for r in planned for n in r.lease.inserted)
         self.cache.roll_back([r.lease for r in planned])
         self.running = [r for r in self.running if r not in planned]
         assert not any(n.state is NodeState.PENDING for n in self.cache.tree.iterate())
@@ -173,6 +232,7 @@ class CacheAgainstModel(RuleBasedStateMachine):
         self.running.remove(running)
         if fails:
             inserted = running.lease.inserted
+            self.spoiled.update(inserted)
             self.cache.discard([running.lease])
             assert all(n.parent is None or n.is_expired(self.clock.now()) for n in inserted)
         else:
@@ -200,6 +260,96 @@ class CacheAgainstModel(RuleBasedStateMachine):
         self.cache.clear()
         assert all(node.is_busy for node in self.cache.tree.iterate())
 
+    # -- what an operator does ----------------------------------------------------------------------
+
+    def draw_node(self, data) -> Node | None:
+        nodes = [n for n in self.cache.tree.iterate() if self.cache.control.is_findable(n)]
+        return data.draw(st.sampled_from(nodes)) if nodes else None
+
+    @rule(data=st.data(), kind=st.sampled_from(PinKind), lifetime_s=lifetimes)
+    def pin(self, data, kind, lifetime_s):
+        node = self.draw_node(data)
+        if node is None:
+            return
+        before, pins = self.snapshot(), self.cache.pins
+        previous = node.pin
+        covered = {n for pin in pins.all for n in path_to(pin.node)}
+        try:
+            done = self.cache.control.pin(node, kind, lifetime_s=lifetime_s)
+        except OverBudget:
+            assert node.pin is previous
+            same = {n for pin in pins.all if pin.kind is kind for n in path_to(pin.node)}
+            assert len(same | set(path_to(node))) > pins.budgets[kind]
+            return
+        finally:
+            assert self.snapshot() == before
+        assert pins.num_blocks(kind) <= pins.budgets[kind]
+        assert (done.num_blocks, done.newly_pinned_blocks) == (
+            node.depth,
+            len(set(path_to(node)) - covered),
+        )
+        self.hard.pop(previous, None)
+        if kind is PinKind.HARD:
+            self.hard[node.pin] = path_to(node)
+
+    @rule(data=st.data())
+    def unpin(self, data):
+        pins = self.cache.pins.all
+        if not pins:
+            return
+        pin = data.draw(st.sampled_from(pins))
+        self.hard.pop(pin, None)
+        assert self.cache.control.unpin(pin.node) == pin.node.depth or pin.node.parent is None
+        assert pin in self.ended
+
+    @rule(data=st.data(), lifetime_s=lifetimes)
+    def set_lifetime(self, data, lifetime_s):
+        node = self.draw_node(data)
+        if node is None:
+            return
+        before = {n: n.expires_at for n in self.cache.tree.iterate()}
+        changed = self.cache.control.set_lifetime(node, lifetime_s)
+        ends_at = None if lifetime_s is None else self.clock.now() + lifetime_s
+        assert {n for n, at in before.items() if n.expires_at != at} == set(changed)
+        assert node.expires_at == ends_at
+        for above in path_to(node):
+            assert above.expires_at is None or (ends_at is not None and above.expires_at >= ends_at)
+
+    @rule(data=st.data())
+    def release_hint(self, data):
+        node = self.draw_node(data)
+        if node is not None:
+            assert self.cache.control.release(node)[0] is node
+
+    @rule(which=st.integers(0, 1), share=st.sampled_from([None, 0.2, 0.5]))
+    def set_quota(self, which, share):
+        before = self.snapshot()
+        self.cache.control.set_quota(self.names[which], share)
+        assert self.snapshot() == before
+
+    @rule(name=policies, share=st.sampled_from([0.0, 0.0, 0.3, 0.5]))
+    def switch_policy(self, name, share):
+        before, control = self.snapshot(), self.cache.control
+        policy = make_policy(name, capacity_blocks=self.cache.pool.num_blocks)
+        if share:
+            control.start_canary(policy, share)
+        else:
+            control.end_canary()
+            control.set_policy(policy)
+        assert self.snapshot() == before
+
+    @rule(data=st.data(), min_idle_s=st.sampled_from([None, 1.0]))
+    def evict_below(self, data, min_idle_s):
+        node = self.draw_node(data)
+        if node is None:
+            return
+        before = self.snapshot()
+        chosen = self.cache.control.select(below=[node], min_idle_s=min_idle_s)
+        assert self.snapshot() == before
+        assert self.cache.control.take_out(chosen.nodes) == len(chosen.nodes)
+        if not chosen.num_kept and min_idle_s is None:
+            assert node.parent is None
+
     def snapshot(self) -> list[object]:
         return [sorted(n.serial for n in self.cache.tree.iterate()), self.cache.pool.num_free]
 
@@ -209,6 +359,28 @@ class CacheAgainstModel(RuleBasedStateMachine):
     def structure_is_sound(self):
         if hasattr(self, "cache"):
             self.cache.check_integrity()
+
+    @invariant()
+    def hard_pins_hold_until_their_time(self):
+        if not hasattr(self, "cache"):
+            return
+        now = self.clock.now()
+        for pin, path in list(self.hard.items()):
+            is_over = pin.ends_at is not None and pin.ends_at <= now
+            is_stale = any(n.is_expired(now) or n in self.spoiled for n in path)
+            if pin.node.pin is pin:
+                assert path_to(pin.node) == path
+                continue
+            assert is_over or is_stale
+            assert pin in self.ended
+            del self.hard[pin]
+
+    @invariant()
+    def listeners_know_what_is_stored(self):
+        if not hasattr(self, "cache"):
+            return
+        ready = {n for n in self.cache.tree.iterate() if n.state is NodeState.READY and n.owner is None}
+        assert self.follower.stored_nodes == ready
 
     @invariant()
     def every_block_holds_what_its_place_says(self):
@@ -234,12 +406,15 @@ class CacheAgainstModel(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
-        self.cache.roll_back([r.lease for r in self.running if r.planned])
+        in_step = self.of_this_step()
+        self.cache.roll_back([r.lease for r in in_step])
         for running in self.running:
-            if not running.planned:
+            if running not in in_step:
                 self.cache.release(running.lease)
         for owner in (1, 2):
             self.cache.forget_owner(owner)
+        for pin in self.cache.pins.all:
+            self.cache.control.unpin(pin.node)
         self.cache.clear()
         self.cache.check_integrity()
         assert self.cache.pool.num_free == self.cache.pool.num_blocks
@@ -247,4 +422,4 @@ class CacheAgainstModel(RuleBasedStateMachine):
 
 
 TestCacheAgainstModel = CacheAgainstModel.TestCase
-TestCacheAgainstModel.settings = settings(max_examples=400, stateful_step_count=40)
+TestCacheAgainstModel.settings = settings(max_examples=500, stateful_step_count=50)

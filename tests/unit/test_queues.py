@@ -7,7 +7,8 @@ import pytest
 from kvcore.cursors import Cursor
 from kvcore.errors import OutOfBlocks
 from kvcore.keys import pack_tokens
-from kvcore.policies import lru
+from kvcore.node import Node
+from kvcore.policies import LruPolicy
 from kvcore.queues import SLACK, EvictionQueue, ExpiryQueue
 from tests.cache_kit import HOME, CacheKit
 
@@ -113,7 +114,7 @@ def test_an_expired_entry_that_is_held_goes_when_it_is_let_go():
 
 def test_dead_entries_do_not_pile_up():
     kit = CacheKit(8)
-    eviction, expiry = kit.cache._reclaimer._eviction, kit.cache._reclaimer._expiry
+    eviction, expiry = kit.cache._lanes._main, kit.cache._reclaimer._expiry
     for number in range(3000):
         kit.compute([number % 50] * 4, lifetime_s=1000.0)
     assert len(eviction) <= 2 * 8 + SLACK
@@ -123,5 +124,5 @@ def test_dead_entries_do_not_pile_up():
 
 def test_an_empty_queue_says_so():
     with pytest.raises(IndexError):
-        EvictionQueue(lru).pop()
+        EvictionQueue[Node](LruPolicy(capacity_blocks=1)).pop(0.0)
     assert ExpiryQueue().pop_due(1e9) is None
