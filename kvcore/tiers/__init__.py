@@ -1,0 +1,1 @@
+"""Where cached blocks live beside the device: host memory, disk, Redis."""
