@@ -7,9 +7,11 @@ gives a wrong token, and :func:`expected_tokens`, which knows nothing of blocks,
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
-from server.engine.plan import SampledToken, SequencePlan, StepPlan, StepResult
+from kvcore.tiers.interface import ObjectFormat
+from server.engine.plan import KvLoad, KvSave, KvTarget, SampledToken, SequencePlan, StepPlan, StepResult
 
 __all__ = ["ChainRunner", "expected_tokens"]
 
@@ -67,8 +69,16 @@ class ChainRunner:
         self.num_tokens_computed = 0
         self.plans: list[StepPlan] = []
 
+    @property
+    def object_format(self) -> ObjectFormat:
+        """Return a format whose block has eight bytes per slot: one hash."""
+        return ObjectFormat("chain", "float32", (1, 2, self.block_size, 1, 1), max(2, self.vocab_size))
+
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
+        saved = [self._save(save) for save in plan.saves]
+        for load in plan.loads:
+            self._load(load)
         for copy in plan.copies:
             for offset in range(copy.num_slots):
                 self.slots[copy.target, offset] = self.slots[copy.source, offset]
@@ -108,7 +118,21 @@ class ChainRunner:
             sampled.append(
                 SampledToken(_draw(state, self.vocab_size, spec.seed, spec.sample_index, part.position))
             )
-        return StepResult(plan.step_id, sampled, failed)
+        return StepResult(plan.step_id, sampled, failed, saved=saved)
+
+    def _save(self, save: KvSave) -> bytes:
+        if save.target is KvTarget.LOGITS:
+            size = self.object_format.bytes_per_logits
+            return struct.pack("<Q", self.logits[save.index] & _MASK).ljust(size, b"\0")
+        states = [self.slots.get((save.index, offset), 0) for offset in range(self.block_size)]
+        return struct.pack(f"<{self.block_size}Q", *states)
+
+    def _load(self, load: KvLoad) -> None:
+        if load.target is KvTarget.LOGITS:
+            self.logits[load.index] = struct.unpack_from("<Q", load.payload)[0]
+            return
+        for offset, state in enumerate(struct.unpack(f"<{self.block_size}Q", load.payload)):
+            self.slots[load.index, offset] = state
 
     def _slot(self, part: SequencePlan, position: int) -> tuple[int, int]:
         return part.block_table[position // self.block_size], position % self.block_size

@@ -22,20 +22,35 @@ UNSAFE = ("pickle", "shelve", "marshal", "dill", "cloudpickle")
 """Formats that run code when they are read. Nobody may."""
 
 TREE = (
+    "kvcore.control",
     "kvcore.cursors",
+    "kvcore.events",
+    "kvcore.ghost",
+    "kvcore.heat",
+    "kvcore.index",
     "kvcore.integrity",
+    "kvcore.lanes",
     "kvcore.lease",
     "kvcore.manager",
     "kvcore.node",
+    "kvcore.pins",
     "kvcore.policies",
     "kvcore.queues",
+    "kvcore.quotas",
     "kvcore.reclaim",
+    "kvcore.restore",
+    "kvcore.runs",
+    "kvcore.selection",
+    "kvcore.spaces",
     "kvcore.tails",
     "kvcore.tree",
+    "kvcore.trial",
 )
 """The modules that know what is cached where."""
 
 CONTRACTS = (
+    "server.engine.admin_messages",
+    "server.engine.errors",
     "server.engine.messages",
     "server.engine.interface",
     "server.engine.options",
@@ -86,8 +101,13 @@ RULES = (
     Rule("kvcore.prefetch", ("kvcore",), (*OUTSIDE, *GRPC, "asyncio")),
     Rule("kvcore.risk", ("kvcore",), (*OUTSIDE, *GRPC, "asyncio")),
     Rule("kvcore.simulate", ("kvcore",), (*OUTSIDE, *GRPC, "asyncio")),
-    Rule("kvcore.tiers", ("kvcore",), (*OUTSIDE, *GRPC, "asyncio")),
-    Rule("kvcore.tiers.redis", ("kvcore",), (*UNSAFE, *TELEMETRY, *GRPC, "asyncio")),
+    # Tiers keep objects; what of the cache they are is not their business.
+    Rule("kvcore.tiers", ("kvcore",), (*OUTSIDE, *GRPC, *TREE, "asyncio", "torch", "transformers")),
+    Rule(
+        "kvcore.tiers.redis",
+        ("kvcore",),
+        (*UNSAFE, *TELEMETRY, *GRPC, *TREE, "asyncio", "torch", "transformers"),
+    ),
     Rule("server.engine", ("kvcore", "server.engine"), (*OUTSIDE, *GRPC, *TENSORS)),
     Rule("server.worker", ("kvcore", "server.worker", *CONTRACTS), (*OUTSIDE, *GRPC, *TREE, "asyncio")),
     Rule(

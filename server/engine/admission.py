@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kvcore.clock import Clock
+from kvcore.keys import NamespaceKey, pack_tokens
 from kvcore.lease import Lease
 from kvcore.manager import CacheManager
+from kvcore.pins import PinKind
 from server.engine.messages import FailureKind, Refused, Submit
 from server.engine.options import EngineOptions
 from server.engine.request import Sequence
 from server.engine.running import RunningSet
 from server.engine.waiting import WaitingRoom
+
+if TYPE_CHECKING:
+    from server.engine.tiering.restorations import Restorations
 
 __all__ = ["Admission"]
 
@@ -45,6 +51,7 @@ class Admission:
         waiting: WaitingRoom,
         running: RunningSet,
         clock: Clock,
+        fingerprint: str = "",
     ) -> None:
         self._options = options
         self._cache = cache
@@ -52,6 +59,8 @@ class Admission:
         self._running = running
         self._clock = clock
         self._max_running = min(options.max_running, options.max_batch_tokens)  # a token per step for each
+        self.restorations: Restorations | None = None
+        self._fingerprint = fingerprint
         self.is_open = True
         """False once nothing new is accepted."""
 
@@ -67,6 +76,11 @@ class Admission:
         if needed > num_blocks:
             reason = f"prompt and new tokens need {needed} KV blocks, the pool has {num_blocks}"
             return Refused(message.key, FailureKind.TOO_LARGE, reason)
+        num_pinned = self._cache.pins.num_blocks(PinKind.HARD)
+        if num_pinned and needed > num_blocks - num_pinned + self._num_pinned_of(message):
+            left = num_blocks - num_pinned
+            reason = f"prompt and new tokens need {needed} KV blocks, {left} of the pool are not pinned"
+            return Refused(message.key, FailureKind.TOO_LARGE, reason)
         num_waiting = len(self._waiting)
         if num_waiting + spec.num_samples > self._options.max_waiting:
             steps = (s.request.spec.max_new_tokens - s.num_generated for s in self._running)
@@ -75,6 +89,14 @@ class Admission:
                 message.key, FailureKind.QUEUE_FULL, f"{num_waiting} requests are waiting", retry_after_s
             )
         return None
+
+    def _num_pinned_of(self, message: Submit) -> int:
+        """Return how many hard-pinned blocks a request would share."""
+        spec, cache = message.spec, self._cache
+        if not (spec.use_kv_cache and spec.read_prefix):
+            return 0
+        namespace = NamespaceKey(self._fingerprint, salt=spec.salt)
+        return cache.pins.num_shared(cache.control.path_of(namespace, pack_tokens(spec.token_ids)))
 
     def share_for_newcomers(self, budget: int) -> int:
         """Return how many tokens of a budget that running sequences could use up are left to waiting ones."""
@@ -103,6 +125,10 @@ class Admission:
             for sequence, is_overdue in candidates:
                 if not budget or len(self._running) >= max_running:
                     return
+                if self._is_held(sequence):
+                    if is_overdue:
+                        return
+                    continue
                 room = budget if is_cut and not is_overdue else len(sequence.tokens)
                 lease = self._open(sequence, spare, room)
                 if lease is None:
@@ -115,6 +141,13 @@ class Admission:
                 budget -= count
                 yield sequence, lease, count
                 spare += 1 + self._running.blocks_outstanding(sequence)
+
+    def _is_held(self, sequence: Sequence) -> bool:
+        """Say whether what tiers have of a prompt is still on its way."""
+        restoration = sequence.restoration
+        if restoration is None or self.restorations is None:
+            return False
+        return self.restorations.is_holding(restoration)
 
     def _spare(self) -> int:
         """Return the blocks to leave alone: what is promised, and one for each that may begin a block."""

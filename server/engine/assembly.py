@@ -6,17 +6,25 @@ from collections.abc import Iterable
 
 from kvcore.lease import Lease
 from server.engine.groups import find_groups
-from server.engine.plan import BlockCopy, PrefixGroup, SequencePlan, StepPlan
+from server.engine.plan import BlockCopy, KvLoad, KvSave, PrefixGroup, SequencePlan, StepPlan
 from server.engine.request import Sequence
 from server.engine.running import lease_of
 
 __all__ = ["assemble"]
 
 
-def assemble(step_id: int, planned: Iterable[Sequence], block_size: int) -> StepPlan:
+def assemble(
+    step_id: int,
+    planned: Iterable[Sequence],
+    block_size: int,
+    *,
+    saves: list[KvSave] | None = None,
+    loads: list[KvLoad] | None = None,
+) -> StepPlan:
     """Return a step's plan: first those that compute, depth-first, then those that draw from kept logits.
 
-    ``planned`` stands in the order of planning, which is the order of the copies.
+    ``planned`` stands in the order of planning, which is the order of the copies. Saves and loads are what
+    goes to tiers and comes from them.
     """
     computing: list[tuple[Sequence, Lease]] = []
     drawing: list[tuple[Sequence, Lease]] = []
@@ -33,7 +41,7 @@ def assemble(step_id: int, planned: Iterable[Sequence], block_size: int) -> Step
     )
     parts = [_part(sequence, lease) for sequence, lease in computing]
     parts += [_part(sequence, lease) for sequence, lease in drawing]
-    return StepPlan(step_id, parts, groups, copies)
+    return StepPlan(step_id, parts, groups, copies, saves or [], loads or [])
 
 
 def _part(sequence: Sequence, lease: Lease) -> SequencePlan:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from kvcore.lease import PrefixMatch
 from server.engine.counters import EngineCounters
 from server.engine.deadlines import Deadlines
-from server.engine.messages import Admitted, Failed, FailureKind, Finish, Finished, Refused, Tokens
+from server.engine.messages import Admitted, Failed, FailureKind, Finish, Finished, Progress, Refused, Tokens
 from server.engine.plan import SampledToken
 from server.engine.request import Request, Sequence
 
 __all__ = ["Event", "RequestBook"]
 
-Event = Admitted | Tokens | Finished | Refused | Failed
+Event = Admitted | Progress | Tokens | Finished | Refused | Failed
 
 
 class RequestBook:
@@ -52,7 +52,7 @@ class RequestBook:
     def admit(self, request: Request, match: PrefixMatch, now: float) -> None:
         """Note the first step that a request takes part in, and what of its prompt was cached."""
         request.first_step_at = now
-        request.cached_block_tokens = match.block_tokens
+        request.cached_block_tokens = match.block_tokens - request.restored_tokens
         request.cached_partial_tokens = 0 if match.is_exact else match.partial_tokens
         request.cached_tail_tokens = match.partial_tokens if match.is_exact else 0
         self._counters.add_prompt(request)
@@ -72,6 +72,10 @@ class RequestBook:
         self._events.append(
             Tokens(request.key, sequence.sample_index, [sampled.token_id], logprobs, top_logprobs, finish)
         )
+
+    def progress(self, request: Request, num_computed: int) -> None:
+        """Note how far the prompt of a request that asked for it is."""
+        self._events.append(Progress(request.key, min(num_computed, len(request.prompt))))
 
     def finish(self, request: Request, now: float) -> None:
         """Close a request all of whose samples have ended."""

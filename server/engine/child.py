@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server.engine.admin_messages import AdminProgress, AdminReply, CacheEvents
 from server.engine.control import Fault, FromChild, Heartbeat, Start
 from server.engine.errors import EngineStartError, LinkError
 from server.engine.link import ParentLink, open_socket_pair
@@ -60,11 +61,13 @@ class EngineChild:
         *,
         on_events: Callable[[list[Event]], None],
         on_stats: Callable[[EngineStats], None],
+        on_admin: Callable[[AdminReply | AdminProgress | CacheEvents], None],
         limits: ChildLimits,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._on_events = on_events
         self._on_stats = on_stats
+        self._on_admin = on_admin
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._link: ParentLink | None = None
@@ -175,6 +178,8 @@ class EngineChild:
                     self._give_up(f"stuck in one step for {message.turn_s:.0f} s")
             case EngineStats():
                 self._on_stats(message)
+            case AdminReply() | AdminProgress() | CacheEvents():
+                self._on_admin(message)
             case EngineReady():
                 if not self._ready.done():
                     self._ready.set_result(message)

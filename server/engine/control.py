@@ -4,8 +4,9 @@ front end                                   engine process
    | -- Start (options) -------------------------> |   first frame, exactly once
    | <------------------------------- Heartbeat -- |   all the time, from a thread of its own
    | <----------------- EngineReady, or Fault ---- |
-   | -- Submit, Cancel, ... ---------------------> |
+   | -- Submit, Cancel, AdminCall, ... ----------> |
    | <------------------ Outputs, EngineStats ---- |
+   | <-- AdminReply, AdminProgress, CacheEvents -- |
    | <----------------------- Fault, then EOF ---- |   only if it breaks
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
+from server.engine.admin_messages import AdminProgress, AdminReply, CacheEvents
 from server.engine.messages import EngineReady, EngineStats, Outputs
 from server.engine.options import EngineOptions
 
@@ -47,4 +49,4 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
     """Traceback; only when ``Start.debug``."""
 
 
-FromChild = Outputs | EngineStats | Heartbeat | EngineReady | Fault
+FromChild = Outputs | EngineStats | Heartbeat | EngineReady | Fault | AdminReply | AdminProgress | CacheEvents

@@ -1,4 +1,4 @@
-"""What the engine counts. All run from its start; ``cached + computed = prompt`` always holds."""
+"""What the engine counts. All run from its start; ``cached + restored + computed = prompt`` always holds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class EngineCounters:
     cached_block_tokens: int = 0
     cached_partial_tokens: int = 0
     cached_tail_tokens: int = 0
+    restored_tokens: int = 0
     computed_prompt_tokens: int = 0
     recomputed_tokens: int = 0
     generated_tokens: int = 0
@@ -40,6 +41,7 @@ class EngineCounters:
         self.cached_block_tokens += usage.cached_block_tokens
         self.cached_partial_tokens += usage.cached_partial_tokens
         self.cached_tail_tokens += usage.cached_tail_tokens
+        self.restored_tokens += usage.restored_tokens
         self.computed_prompt_tokens += usage.computed_prompt_tokens
 
     def add_step(self, plan: StepPlan) -> None:
@@ -88,6 +90,7 @@ class EngineCounters:
             cached_block_tokens=self.cached_block_tokens,
             cached_partial_tokens=self.cached_partial_tokens,
             cached_tail_tokens=self.cached_tail_tokens,
+            restored_tokens=self.restored_tokens,
             computed_prompt_tokens=self.computed_prompt_tokens,
             recomputed_tokens=self.recomputed_tokens,
             generated_tokens=self.generated_tokens,

@@ -1,4 +1,4 @@
-"""Where requests are handed in: turned away at once, or given a stream and sent to the engine.
+"""Where requests and operations are handed in: turned away at once, or given a stream and sent to the engine.
 
 The same for every kind of engine. What can be refused without asking the engine is refused here,
 because the engine answers between steps, and a step may be long.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.engine.errors import FrameTooLargeError
+from server.engine.admin_client import AdminClient
+from server.engine.errors import EngineUnavailableError, FrameTooLargeError
 from server.engine.interface import EngineState
 from server.engine.messages import FailureKind, GenerateSpec, Submit, ToEngine
 from server.engine.state import StateCell
@@ -22,6 +23,7 @@ _NOT_SERVING = {
     EngineState.LOADING: (FailureKind.ENGINE_LOST, "the model is being loaded"),
     EngineState.DEAD: (FailureKind.ENGINE_LOST, "the engine is not running"),
     EngineState.DRAINING: (FailureKind.DRAINING, "the server is shutting down"),
+    EngineState.UNLOADED: (FailureKind.NOT_LOADED, "the model is not loaded"),
 }
 
 
@@ -37,6 +39,7 @@ class Desk:
         self._max_waiting = max_waiting
         self.state = StateCell()
         self.streams = StreamTable(send)
+        self.admin = AdminClient(send, self._check_available)
         self.retry_after_s = RETRY_AFTER_S
         """When to come back after a refusal for want of an engine."""
 
@@ -56,6 +59,17 @@ class Desk:
         except FrameTooLargeError:
             self.streams.withdraw(stream.key, FailureKind.TOO_LARGE, "the request is too large")
         return stream
+
+    def fail_all(self, kind: FailureKind, reason: str) -> list[int]:
+        """End every open request and operation; return the keys of the requests that had been admitted."""
+        self.admin.fail_all(kind, reason)
+        return self.streams.fail_all(kind, reason)
+
+    def _check_available(self) -> None:
+        state = self.state.value
+        if state is not EngineState.READY:
+            kind, reason = _NOT_SERVING[state]
+            raise EngineUnavailableError(kind, reason, retry_after_s=self.retry_after_s)
 
     def refuse_full(self) -> EventStream:
         """Return a stream that says the queue is full."""

@@ -2,6 +2,8 @@
 
 EngineError
 |-- EngineStartError        the model could not be loaded; says why in an operator's words
+|-- EngineUnavailableError  there is no engine now that could carry an operation out
+|-- ModelBusyError          the model cannot be unloaded now
 |-- EngineBrokenError       steps failed again and again; the engine has to be started afresh
 `-- LinkError               the connection between front end and engine is unusable
     |-- FrameTooLargeError
@@ -11,14 +13,18 @@ EngineError
 
 from __future__ import annotations
 
+from server.engine.messages import FailureKind
+
 __all__ = [
     "EngineBrokenError",
     "EngineError",
     "EngineStartError",
+    "EngineUnavailableError",
     "FrameTooLargeError",
     "LinkClosedError",
     "LinkError",
     "MalformedFrameError",
+    "ModelBusyError",
 ]
 
 
@@ -38,6 +44,22 @@ class EngineStartError(EngineError):
         self.reason = reason
         self.kind = kind
         self.detail = detail
+
+
+class EngineUnavailableError(EngineError):
+    """An operation on the cache found no engine, or lost it before the answer came.
+
+    ``kind`` is that of a request which meets the same.
+    """
+
+    def __init__(self, kind: FailureKind, reason: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class ModelBusyError(EngineError):
+    """Requests run, or the model is being loaded. The text is fit for a client."""
 
 
 class EngineBrokenError(EngineError):

@@ -8,8 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from server.engine.admin_desk import ShieldedDesk
+from server.engine.admin_messages import (
+    AdminCall,
+    AdminOp,
+    AdminProgress,
+    AdminResult,
+    CacheEvents,
+    CancelAdmin,
+    Watch,
+)
 from server.engine.desk import Desk
 from server.engine.interface import EngineState
 from server.engine.messages import (
@@ -69,7 +80,7 @@ class _Running:
 
 
 class FakeEngine:
-    """Implements ``interface.Engine`` on the event loop itself. Never full, never slow.
+    """Implements ``interface.Engine`` on the event loop itself. Never full, never slow. Caches nothing.
 
     The token at position ``p`` of sample ``s`` is ``(sum of the prompt + s + p) % vocab_size``.
     """
@@ -87,6 +98,7 @@ class FakeEngine:
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
         self._desk = Desk(self._send, max_waiting=max_waiting)
+        self._cache = ShieldedDesk(None)
         self._running: dict[int, _Running] = {}
         self._admitted: list[Event] = []
         self._work = asyncio.Event()
@@ -142,6 +154,25 @@ class FakeEngine:
     def submit(self, spec: GenerateSpec, *, deadline_s: float | None = None) -> EventStream:
         return self._desk.submit(spec, deadline_s)
 
+    @property
+    def num_open_requests(self) -> int:
+        """Return how many requests run."""
+        return self._desk.streams.num_open
+
+    @property
+    def is_given_up(self) -> bool:
+        """Say that ``recover`` is always possible."""
+        return False
+
+    async def administer(self, op: AdminOp) -> AdminResult:
+        return await self._desk.admin.administer(op)
+
+    def administer_with_progress(self, op: AdminOp) -> AsyncGenerator[AdminProgress | AdminResult]:
+        return self._desk.admin.administer_with_progress(op)
+
+    def watch(self) -> AsyncGenerator[CacheEvents]:
+        return self._desk.admin.watch()
+
     async def wait_state(self, state: EngineState) -> None:
         await self._desk.state.wait(state)
 
@@ -156,19 +187,21 @@ class FakeEngine:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        self._desk.streams.fail_all(FailureKind.DRAINING, "the server is shutting down")
+        self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
         self._desk.state.set(EngineState.DEAD)
+        self._desk.admin.close()
 
     def lose(self) -> None:
         """Behave as if the engine process had died: every stream fails, nothing is taken any more."""
         self._running.clear()
         self._admitted.clear()
         self._desk.state.set(EngineState.DEAD)
-        self._desk.streams.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
+        self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
 
     def recover(self) -> None:
         """Be ready again after ``lose``."""
         self._desk.state.set(EngineState.READY)
+        self._desk.admin.engine_is_ready()
 
     def _send(self, message: ToEngine) -> None:
         now = asyncio.get_running_loop().time()
@@ -184,7 +217,15 @@ class FakeEngine:
             for sample, count in enumerate(running.drawn):
                 if count >= 0 and message.sample_index in (None, sample):
                     running.drawn[sample] = -1
+        elif isinstance(message, AdminCall | CancelAdmin | Watch):
+            self._cache.accept(message)
+            asyncio.get_running_loop().call_soon(self._answer)
+            return
         self._work.set()
+
+    def _answer(self) -> None:
+        for message in self._cache.drain():
+            self._desk.admin.dispatch(message)
 
     async def _generate(self) -> None:
         while True:

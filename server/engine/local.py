@@ -10,9 +10,16 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from server.engine.admin_messages import (
+    AdminOp,
+    AdminProgress,
+    AdminReply,
+    AdminResult,
+    CacheEvents,
+)
 from server.engine.desk import Desk
 from server.engine.errors import EngineError, EngineStartError
 from server.engine.interface import EngineState
@@ -86,6 +93,15 @@ class LocalEngine:
     def submit(self, spec: GenerateSpec, *, deadline_s: float | None = None) -> EventStream:
         return self._desk.submit(spec, deadline_s)
 
+    async def administer(self, op: AdminOp) -> AdminResult:
+        return await self._desk.admin.administer(op)
+
+    def administer_with_progress(self, op: AdminOp) -> AsyncGenerator[AdminProgress | AdminResult]:
+        return self._desk.admin.administer_with_progress(op)
+
+    def watch(self) -> AsyncGenerator[CacheEvents]:
+        return self._desk.admin.watch()
+
     async def wait_state(self, state: EngineState) -> None:
         await self._desk.state.wait(state)
 
@@ -93,6 +109,7 @@ class LocalEngine:
         """Refuse new requests, let running ones finish for ``grace_s``, then end them. Idempotent."""
         if self._thread is None or self._ended is None:
             self._desk.state.set(EngineState.DEAD)
+            self._desk.admin.close()
             return
         if self.state is EngineState.READY:
             self._desk.state.set(EngineState.DRAINING)
@@ -102,11 +119,12 @@ class LocalEngine:
                 await asyncio.wait({self._ended}, timeout=grace_s)
         finally:
             self._inbox.put(Stop())
-            self._desk.streams.fail_all(FailureKind.DRAINING, "the server is shutting down")
+            self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
         await asyncio.wait({self._ended}, timeout=STEP_GRACE_S)
         if not self._ended.done():
             log.error("the engine's thread is stuck in a step; leaving it behind")
             self._desk.state.set(EngineState.DEAD)
+            self._desk.admin.close()
 
     def _send(self, message: ToEngine) -> None:
         self._inbox.put(message)
@@ -128,6 +146,8 @@ class LocalEngine:
             except Exception as cause:
                 log.exception("the engine has broken")
                 error = EngineError(f"the engine has broken: {type(cause).__name__}")
+            finally:
+                parts.close()
         self._call(self._on_ended, error)
 
     def send(self, message: FromEngine) -> None:
@@ -157,6 +177,8 @@ class LocalEngine:
                 self._desk.streams.dispatch(message.events)
             case EngineStats():
                 self._stats = message
+            case AdminReply() | AdminProgress() | CacheEvents():
+                self._desk.admin.dispatch(message)
             case EngineReady():
                 self._ready = message
                 if self._loaded is not None and not self._loaded.done():
@@ -166,7 +188,8 @@ class LocalEngine:
     def _on_ended(self, error: EngineError | None) -> None:
         if self._thread is not None:
             self._thread.join()
-        self._desk.streams.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
+        self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(error)
         self._desk.state.set(EngineState.DEAD)
+        self._desk.admin.close()

@@ -5,7 +5,8 @@ One turn, in time::
     receive ->  plan  -> publish ->  compute  ->  apply  -> publish
     inbox       |        admitted,   worker       |         tokens,
     empties     |        refused                  |         finished
-                `- expired requests end here      `- blocks are ready or free again
+    |           `- expired requests end here      `- blocks are ready or free again
+    `- operations on the cache, and a piece of long ones; their answers leave with either publish
 
 Each is a call of its own and keeps nothing on the stack, so that a driver which overlaps planning
 with computing is a second arrangement of them. Admissions and refusals leave before the step is
@@ -17,11 +18,21 @@ from __future__ import annotations
 import gc
 import logging
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvcore.clock import Clock
-from server.engine.errors import EngineBrokenError
+from server.engine.admin_desk import AdminDesk, ShieldedDesk
+from server.engine.admin_messages import (
+    AdminCall,
+    AdminErrorKind,
+    AdminRefusal,
+    AdminReply,
+    CancelAdmin,
+    Watch,
+)
+from server.engine.errors import EngineBrokenError, FrameTooLargeError
 from server.engine.messages import (
     Cancel,
     Drain,
@@ -46,6 +57,9 @@ SETTLE_S = 0.05
 """Quiet for so long counts as idle."""
 RETRY_PLAN_S = 0.002
 """Work exists but none of it can be computed now: look again after so long."""
+BUSY_DESK_PAUSE_S = 0.0002
+"""Between two pieces of a long operation while no request runs: lets go of the interpreter, which a tier's
+threads need."""
 CHECK_INTERVAL_S = 10.0
 CHECK_SHARE = 0.01
 """Integrity checks may take this share of the time."""
@@ -55,6 +69,7 @@ BUSY_GARBAGE = 5_000_000
 """Collect even while busy: something keeps making cycles."""
 
 FAILURE_REASON = "the model failed to compute a step with this request"
+TOO_LARGE = AdminRefusal(AdminErrorKind.FAILED, "the answer is too large")
 
 
 class Stop:
@@ -72,6 +87,10 @@ class Outbox(Protocol):
         ...
 
 
+def _nothing() -> None:
+    """Close nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineParts:
     """What an engine is made of, once the model is loaded."""
@@ -80,6 +99,10 @@ class EngineParts:
     runner: StepRunner
     ready: EngineReady
     clock: Clock
+    desk: AdminDesk | None = None
+    """Carries out operations on the cache; None: they are refused."""
+    close: Callable[[], None] = _nothing
+    """Ends what runs beside the engine's thread, when the loop is over."""
 
 
 class EngineLoop:
@@ -89,6 +112,7 @@ class EngineLoop:
         self._scheduler = parts.scheduler
         self._runner = parts.runner
         self._clock = parts.clock
+        self._desk = ShieldedDesk(parts.desk)
         self._inbox = inbox
         self._outbox = outbox
         self._draining = False
@@ -114,6 +138,7 @@ class EngineLoop:
     def step(self) -> None:
         """Compute one step, if there is anything to compute."""
         clock = self._clock
+        self._desk.advance()
         started = clock.now()
         plan = self.plan()
         planned = clock.now()
@@ -132,7 +157,10 @@ class EngineLoop:
         Return False when the loop has to end.
         """
         inbox = self._inbox
-        if not self._scheduler.has_work:
+        if self._desk.is_busy:
+            if inbox.empty() and not self._has_plan:
+                self._wait_at_most(BUSY_DESK_PAUSE_S)
+        elif not self._scheduler.has_work:
             if self._draining and inbox.empty():
                 self._send_stats()
                 return False
@@ -180,11 +208,19 @@ class EngineLoop:
         self._chores_due = True
 
     def publish(self) -> None:
-        """Send what is new, in one message; nothing if nothing is. Statistics now and then."""
+        """Send what is new of the requests, in one message, and of the cache. Statistics now and then."""
         events = self._scheduler.drain_events()
         if events:
             self._outbox.send(Outputs(events))
             self._chores_due = True
+        for message in self._desk.drain():
+            self._chores_due = True
+            try:
+                self._outbox.send(message)
+            except FrameTooLargeError:
+                log.error("%s is too large for the link", type(message).__name__)
+                if isinstance(message, AdminReply):
+                    self._outbox.send(AdminReply(message.key, TOO_LARGE))
         if self._chores_due and self._clock.now() >= self._next_stats:
             self._send_stats()
 
@@ -194,6 +230,8 @@ class EngineLoop:
                 self._scheduler.submit(message)
             case Cancel():
                 self._scheduler.cancel(message)
+            case AdminCall() | CancelAdmin() | Watch():
+                self._desk.accept(message)
             case Drain():
                 self._draining = True
                 self._scheduler.refuse_new()
@@ -207,7 +245,7 @@ class EngineLoop:
                 return
             self._do_chores()
             self._chores_due = False
-        self._wait_at_most(None)
+        self._wait_at_most(self._scheduler.idle_wait_s)
 
     def _wait_at_most(self, timeout_s: float | None) -> bool:
         """Block for the next message and accept it. False: none came in time."""
@@ -222,7 +260,8 @@ class EngineLoop:
 
     def _do_chores(self) -> None:
         self.turn_started = now = self._clock.now()
-        if now >= self._next_check:
+        if now >= self._next_check or self._desk.has_failed:
+            self._desk.has_failed = False
             self._scheduler.check_integrity()
             after = self._clock.now()
             self._next_check = after + max(CHECK_INTERVAL_S, (after - now) / CHECK_SHARE)

@@ -9,6 +9,9 @@ Life of a request, seen from the front end::
     Submit --> Admitted --> Tokens ... Tokens --> Finished        exactly one terminal message:
            \\-> Refused                         \\-> Failed          Finished, Refused or Failed
     Cancel --> Finished of the samples cancelled, if the request was still running
+
+Progress comes between Admitted and the first Tokens, for requests that ask for it. What is asked of the
+cache itself, and what it tells, is in ``admin_messages``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,17 @@ from __future__ import annotations
 from enum import StrEnum
 
 import msgspec
+
+from server.engine.admin_messages import (
+    AdminCall,
+    AdminProgress,
+    AdminReply,
+    CacheEvents,
+    CancelAdmin,
+    PrefetchReport,
+    TierReport,
+    Watch,
+)
 
 __all__ = [
     "Admitted",
@@ -30,9 +44,11 @@ __all__ = [
     "FromEngine",
     "GenerateSpec",
     "Outputs",
+    "Progress",
     "Refused",
     "RequestTimings",
     "RequestUsage",
+    "RestoreReport",
     "Submit",
     "ToEngine",
     "Tokens",
@@ -57,6 +73,8 @@ class FailureKind(StrEnum):
     """The request can never fit the KV pool."""
     DEADLINE = "deadline"
     DRAINING = "draining"
+    NOT_LOADED = "not_loaded"
+    """The model was unloaded, or is being unloaded."""
     ENGINE_LOST = "engine_lost"
     """The engine process died or was restarted."""
     NUMERICAL = "numerical"
@@ -94,6 +112,8 @@ class GenerateSpec(msgspec.Struct, frozen=True, kw_only=True):
     write_prefix: bool = True
     lifetime_s: float | None = None
     """How long entries left behind stay valid; None: the engine's default."""
+    report_progress: bool = False
+    """Say ``Progress`` after every step that computed part of the prompt."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -117,11 +137,11 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Admit nothing new, finish what runs, then end."""
 
 
-ToEngine = Submit | Cancel | Drain
+ToEngine = Submit | Cancel | Drain | AdminCall | CancelAdmin | Watch
 
 
 class RequestUsage(msgspec.Struct, frozen=True):
-    """Where the prompt's tokens came from; the four add up to ``prompt_tokens``."""
+    """Where the prompt's tokens came from; the five kinds add up to ``prompt_tokens``."""
 
     prompt_tokens: int
     cached_block_tokens: int
@@ -129,6 +149,26 @@ class RequestUsage(msgspec.Struct, frozen=True):
     cached_tail_tokens: int
     computed_prompt_tokens: int
     generated_tokens: int
+    restored_tokens: int = 0
+    """Brought back for this request from a tier, as whole blocks."""
+
+
+class RestoreReport(msgspec.Struct, frozen=True):
+    """What became of the part of a prompt that was in a tier and not on the device."""
+
+    decision: str
+    """ "fetch" or "recompute"."""
+    tier: str
+    """The one that had most of it."""
+    found_tokens: int
+    restored_tokens: int
+    """Those that came in time."""
+    expected_fetch_s: float
+    expected_recompute_s: float
+    fetch_s: float
+    """From the first fetch to the last block in place."""
+    wait_s: float
+    """The part of it for which nothing else held the request up."""
 
 
 class RequestTimings(msgspec.Struct, frozen=True):
@@ -139,6 +179,8 @@ class RequestTimings(msgspec.Struct, frozen=True):
     prefill_s: float
     decode_s: float
     num_preemptions: int = 0
+    restore: RestoreReport | None = None
+    """None: no tier had any of the prompt."""
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
@@ -146,6 +188,13 @@ class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
 
     key: int
     num_cached_tokens: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How many positions of the prompt have their KV, those found in the cache included."""
+
+    key: int
+    num_computed: int
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
@@ -236,12 +285,21 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     expired_blocks: int
     grouped_tokens: int
     """Query tokens that attended to a prefix together with another sequence's."""
+    restored_tokens: int = 0
+    """Prompt tokens brought back from tiers."""
+    evicted_by_cause: dict[str, int] = {}
+    """Blocks: capacity, quota, admin, released."""
+    pinned_blocks: int = 0
+    tiers: list[TierReport] = []
+    prefetch: PrefetchReport | None = None
+    trial_cost_share: float = 0.0
+    """Share of the engine's time that policies on trial have taken."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """Everything one step has to say, in one message."""
 
-    events: list[Admitted | Tokens | Finished | Refused | Failed]
+    events: list[Admitted | Progress | Tokens | Finished | Refused | Failed]
 
 
-FromEngine = EngineReady | Outputs | EngineStats
+FromEngine = EngineReady | Outputs | EngineStats | AdminReply | AdminProgress | CacheEvents

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["EngineOptions"]
+__all__ = ["EngineOptions", "TierOptions"]
+
+
+class TierOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where blocks go besides the device. Everything is off by default."""
+
+    host_bytes: int | None = None
+    host_codec: str = "none"
+    disk_path: str | None = None
+    disk_bytes: int = 16 << 30
+    disk_codec: str = "none"
+    redis_url: str | None = None
+    redis_lifetime_s: float = 3600.0
+    redis_codec: str = "none"
+    restore: str = "auto"
+    """auto: bring blocks back when that is expected to be faster than computing them; always; never."""
+    prefetches_sessions: bool = True
+    snapshot_root: str | None = None
+
+    @property
+    def has_any(self) -> bool:
+        """Say whether there is any tier. Snapshots are restored into one: there is one for them, too."""
+        places = (self.host_bytes, self.disk_path, self.redis_url, self.snapshot_root)
+        return any(place is not None for place in places)
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +58,17 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     default_lifetime_s: float | None = None
     min_cached_tokens: int = 0
     """Prompts shorter than this leave nothing in the cache."""
+    policy: str = "lru"
+    """Of eviction: a name that ``kvcore.policies`` knows."""
+    trial: tuple[str, ...] = ()
+    """Policies in the shadow of the live one."""
+    canary: tuple[str, float] | None = None
+    """Another policy, and the share of namespaces that it serves for real."""
+    namespace_quota: float | None = None
+    """Share of the blocks that one namespace may keep when others want them."""
+    soft_pin_share: float = 0.8
+    hard_pin_share: float = 0.5
+    tiers: TierOptions = TierOptions()
     num_logits_slots: int = 1024
     """Rows of kept last logits, for exact repeats."""
     num_threads: int | None = None

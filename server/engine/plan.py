@@ -15,10 +15,14 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 __all__ = [
     "BlockCopy",
+    "KvLoad",
+    "KvSave",
+    "KvTarget",
     "PrefixGroup",
     "SampledToken",
     "SamplingSpec",
@@ -115,14 +119,44 @@ class BlockCopy:
     num_slots: int
 
 
+class KvTarget(Enum):
+    """Which of the worker's stores a number addresses."""
+
+    BLOCK = "block"
+    LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class KvSave:
+    """Copy a block, or a row of kept logits, out of the worker before anything of the step changes it."""
+
+    target: KvTarget
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvLoad:
+    """Put a block, or a row of kept logits, in: after the saves, before the copies."""
+
+    target: KvTarget
+    index: int
+    payload: bytes | bytearray | memoryview
+    """All bytes of the block or row, as a ``KvSave`` gave them."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one step computes."""
+    """All that one step does, in this order: saves, loads, copies, the forward pass, drawing.
+
+    ``sequences`` may be empty: then the step only moves blocks.
+    """
 
     step_id: int
     sequences: list[SequencePlan]
     groups: list[PrefixGroup] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    saves: list[KvSave] = field(default_factory=list)
+    loads: list[KvLoad] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -152,6 +186,8 @@ class StepResult:
     failed: dict[int, str] = field(default_factory=dict)
     forward_s: float = 0.0
     sample_s: float = 0.0
+    saved: list[bytes] = field(default_factory=list)
+    """Parallel to ``plan.saves``."""
 
 
 class StepRunner(Protocol):

@@ -17,7 +17,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncGenerator
 
+from server.engine.admin_messages import AdminOp, AdminProgress, AdminResult, CacheEvents
 from server.engine.child import ChildLimits, EngineChild
 from server.engine.control import Start
 from server.engine.desk import RETRY_AFTER_S, Desk
@@ -100,6 +102,16 @@ class EngineProcess:
         return self._fault
 
     @property
+    def is_given_up(self) -> bool:
+        """Say whether it was lost and will not be started again."""
+        return self._keeper is not None and self._keeper.done()
+
+    @property
+    def num_open_requests(self) -> int:
+        """Return how many requests wait or run."""
+        return self._desk.streams.num_open
+
+    @property
     def pid(self) -> int | None:
         """Return the engine's process id; None while there is no process."""
         return None if self._child is None else self._child.pid
@@ -123,6 +135,15 @@ class EngineProcess:
             return self._desk.refuse_full()
         return self._desk.submit(spec, deadline_s)
 
+    async def administer(self, op: AdminOp) -> AdminResult:
+        return await self._desk.admin.administer(op)
+
+    def administer_with_progress(self, op: AdminOp) -> AsyncGenerator[AdminProgress | AdminResult]:
+        return self._desk.admin.administer_with_progress(op)
+
+    def watch(self) -> AsyncGenerator[CacheEvents]:
+        return self._desk.admin.watch()
+
     async def wait_state(self, state: EngineState) -> None:
         await self._desk.state.wait(state)
 
@@ -141,17 +162,18 @@ class EngineProcess:
         finally:
             keeper, child = self._keeper, self._child
             if child is not None and child.lost.done() and self.state is EngineState.DRAINING:
-                self._desk.streams.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
+                self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
                 await child.end(grace_s=EXIT_GRACE_S)
             elif child is not None:
-                self._desk.streams.fail_all(FailureKind.DRAINING, "the server is shutting down")
+                self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
                 await child.end()
             if keeper is not None:
                 keeper.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.shield(keeper)
-            self._desk.streams.fail_all(FailureKind.DRAINING, "the server is shutting down")
+            self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
             self._desk.state.set(EngineState.DEAD)
+            self._desk.admin.close()
 
     def _send(self, message: ToEngine) -> None:
         if self._child is not None:
@@ -164,7 +186,10 @@ class EngineProcess:
         """Bring a new process to READY. Raises ``EngineStartError``."""
         self._desk.state.set(EngineState.LOADING)
         child = EngineChild(
-            on_events=self._desk.streams.dispatch, on_stats=self._set_stats, limits=self._limits
+            on_events=self._desk.streams.dispatch,
+            on_stats=self._set_stats,
+            on_admin=self._desk.admin.dispatch,
+            limits=self._limits,
         )
         self._child = child
         try:
@@ -175,6 +200,7 @@ class EngineProcess:
         self._ready = ready
         self._desk.retry_after_s = max(RETRY_AFTER_S, ready.load_s)
         self._desk.state.set(EngineState.READY)
+        self._desk.admin.engine_is_ready()
         return child
 
     async def _keep(self, child: EngineChild) -> None:
@@ -188,7 +214,7 @@ class EngineProcess:
                 return  # ``stop`` does the rest
             self._desk.state.set(EngineState.DEAD)
             # First of all: what it takes to bury the old process must not delay those who wait.
-            running = self._desk.streams.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
+            running = self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
             exit_text = await child.end(grace_s=CRASH_GRACE_S)
             self._child = None
             self._fault = f"{reason}; {exit_text}"
@@ -215,4 +241,5 @@ class EngineProcess:
                 self._desk.state.set(EngineState.DEAD)
                 log.error("start %d of %d failed: %s: %s", attempt, MAX_FAILED_STARTS, error.kind, error)
         log.critical("the engine does not start any more; giving it up: %s", self._fault)
+        self._desk.admin.close()
         return None, backoff_s

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from array import array
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from kvcore.cursors import Cursor
 from kvcore.keys import NamespaceKey, pack_tokens
 from kvcore.lease import Lease
-from server.engine.messages import Finish, GenerateSpec, RequestTimings, RequestUsage
+from server.engine.messages import Finish, GenerateSpec, RequestTimings, RequestUsage, RestoreReport
 from server.engine.plan import SamplingSpec
+
+if TYPE_CHECKING:
+    from server.engine.tiering.restoration import Restoration
 
 __all__ = ["Request", "Sequence", "SequenceState"]
 
@@ -41,6 +45,7 @@ class Sequence:
         "place",
         "plain_sampling",
         "request",
+        "restoration",
         "sample_index",
         "sequence_id",
         "state",
@@ -67,6 +72,8 @@ class Sequence:
         """Number of the queue entry that counts, 0 while there is none. Owned by ``WaitingQueue``."""
         self.arrival = 0
         """Order of arrival; kept over preemptions. Owned by ``WaitingQueue``."""
+        self.restoration: Restoration | None = None
+        """What is being brought up for it while it waits. Owned by ``WaitingRoom``."""
         self.num_recompute = 0
         """Positions below this were computed before a preemption: computing them again is no prompt work."""
         self.plain_sampling: SamplingSpec | None = None
@@ -97,6 +104,11 @@ class Sequence:
         """
         spec = self.request.spec
         return spec.use_kv_cache and (spec.read_prefix or self.request.was_admitted)
+
+    @property
+    def reports_progress(self) -> bool:
+        """Say whether somebody wants to know how far the prompt is: once per step, for the first sample."""
+        return self.request.spec.report_progress and not self.sample_index and not self.num_generated
 
     @property
     def keeps_tail(self) -> bool:
@@ -160,7 +172,10 @@ class Request:
         "num_preemptions",
         "prompt",
         "prompt_done_at",
+        "restore",
+        "restored_tokens",
         "sequences",
+        "session",
         "spec",
         "submitted_at",
         "unfinished",
@@ -182,6 +197,10 @@ class Request:
         self.cached_block_tokens = 0
         self.cached_partial_tokens = 0
         self.cached_tail_tokens = 0
+        self.restored_tokens = 0
+        self.session: int | None = None
+        """Number of the session that it belongs to, where sessions are followed."""
+        self.restore: RestoreReport | None = None
         self.num_preemptions = 0
         self.submitted_at = now
         self.first_step_at: float | None = None
@@ -199,6 +218,7 @@ class Request:
         """Return where the prompt's tokens came from, for the sample that was computed first."""
         prompt = len(self.spec.token_ids)
         cached = self.cached_block_tokens + self.cached_partial_tokens + self.cached_tail_tokens
+        cached += self.restored_tokens
         return RequestUsage(
             prompt_tokens=prompt,
             cached_block_tokens=self.cached_block_tokens,
@@ -206,6 +226,7 @@ class Request:
             cached_tail_tokens=self.cached_tail_tokens,
             computed_prompt_tokens=prompt - cached,
             generated_tokens=self.num_generated,
+            restored_tokens=self.restored_tokens,
         )
 
     def timings(self) -> RequestTimings:
@@ -219,6 +240,7 @@ class Request:
             prefill_s=prompt_done - started,
             decode_s=self.finished_at - first_token,
             num_preemptions=self.num_preemptions,
+            restore=self.restore,
         )
 
 

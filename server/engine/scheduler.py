@@ -21,12 +21,16 @@ tensors; the clock is injected.
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import IntegrityError
 from kvcore.keys import NamespaceKey
 from kvcore.lease import Lease
 from kvcore.manager import CacheManager
+from kvcore.policies import make_policy
 from server.engine.admission import Admission
 from server.engine.assembly import assemble
 from server.engine.book import Event, RequestBook
@@ -36,7 +40,12 @@ from server.engine.options import EngineOptions
 from server.engine.plan import SampledToken, StepPlan, StepResult
 from server.engine.request import Request, Sequence, SequenceState
 from server.engine.running import RunningSet, lease_of
+from server.engine.trial import PolicyTrial
 from server.engine.waiting import WaitingRoom
+
+if TYPE_CHECKING:
+    from server.engine.cache_ops.interface import TierView
+    from server.engine.tiering.tiering import Tiering
 
 __all__ = ["Scheduler"]
 
@@ -56,8 +65,20 @@ class Scheduler:
     ) -> None:
         self.options = options
         self.cache = CacheManager(
-            num_blocks=num_blocks, block_size=block_size, clock=clock, num_logits_slots=num_logits_slots
+            num_blocks=num_blocks,
+            block_size=block_size,
+            clock=clock,
+            num_logits_slots=num_logits_slots,
+            policy=make_policy(options.policy, capacity_blocks=num_blocks, block_tokens=block_size),
+            max_share=options.namespace_quota,
+            hard_pin_share=options.hard_pin_share,
+            soft_pin_share=options.soft_pin_share,
         )
+        if options.canary is not None and options.canary[1]:
+            name, share = options.canary
+            capacity = max(1, round(share * num_blocks))
+            policy = make_policy(name, capacity_blocks=capacity, block_tokens=block_size)
+            self.cache.control.start_canary(policy, share)
         self.counters = EngineCounters()
         self._clock = clock
         self._fingerprint = fingerprint
@@ -65,17 +86,34 @@ class Scheduler:
         self._waiting = WaitingRoom(self.cache, waiting_bound_s=options.waiting_bound_s)
         self._running = RunningSet(block_size)
         self._admission = Admission(
-            options, cache=self.cache, waiting=self._waiting, running=self._running, clock=clock
+            options,
+            cache=self.cache,
+            waiting=self._waiting,
+            running=self._running,
+            clock=clock,
+            fingerprint=fingerprint,
         )
         self._planned: dict[int, Sequence] = {}
         """Sequences of the running step by id, in the order of planning; empty between steps."""
         self._late: list[Cancel] = []
         """Cancellations that came while a step was running."""
+        self._tiering: Tiering | None = None
+        self.tier_view: TierView | None = None
+        """What ``stats`` tells of tiers."""
+        self.trial = PolicyTrial(self.cache, policies=options.trial)
+        """Policies in the shadow of the live one, told of each request that reads and writes the cache."""
+        self.cache.cost = self._cost
         self._sequence_ids = itertools.count(1)
         self._step_ids = itertools.count(1)
 
     def __repr__(self) -> str:
         return f"Scheduler({len(self._running)} running, {len(self._waiting)} waiting, {self.cache!r})"
+
+    def use_tiers(self, tiering: Tiering) -> None:
+        """Move blocks between the device and these tiers from now on. Call before the first request."""
+        self._tiering = tiering
+        self._waiting.restorations = tiering.restorations
+        self._admission.restorations = tiering.restorations
 
     # -- what the front end says --------------------------------------------------------------------
 
@@ -133,13 +171,18 @@ class Scheduler:
             self._close_failed(request, FailureKind.DEADLINE, "the deadline passed")
         self.cache.sweep_expired()
         self._waiting.follow_cache(now)
+        tiering = self._tiering
+        loads = [] if tiering is None else tiering.advance(is_computing=bool(self._running))
         budget, is_cut = self._plan_running(self.options.max_batch_tokens)
         for sequence, lease, count in self._admission.choose(budget, is_cut=is_cut, now=now):
             self._admit(sequence, lease, now)
             self._extend(sequence, lease, count)
-        if not self._planned:
+        saves = [] if tiering is None else tiering.collect(is_computing=bool(self._planned))
+        if not self._planned and not loads and not saves:
             return None
-        plan = assemble(next(self._step_ids), self._planned.values(), self.cache.block_size)
+        plan = assemble(
+            next(self._step_ids), self._planned.values(), self.cache.block_size, saves=saves, loads=loads
+        )
         self.counters.add_groups(plan.groups, [len(part.token_ids) for part in plan.sequences])
         return plan
 
@@ -150,6 +193,9 @@ class Scheduler:
             [lease_of(s) for s in planned.values()],
             spoiled={lease_of(s) for s in planned.values() if s.sequence_id in result.failed},
         )
+        if self._tiering is not None:
+            self._tiering.applied(plan, result)
+        self.trial.step_took(result.forward_s)
         now = self._clock.now()
         self.counters.add_step(plan)
         num_tokens = plan.num_tokens
@@ -160,6 +206,8 @@ class Scheduler:
             sequence = planned[part.sequence_id]
             if sequence.state is SequenceState.DONE:
                 continue  # another sample's failure took it along
+            if sequence.reports_progress:
+                self._book.progress(sequence.request, sequence.num_computed)
             reason = result.failed.get(part.sequence_id)
             if reason is not None:
                 self._fail(sequence.request, FailureKind.NUMERICAL, reason)
@@ -171,6 +219,8 @@ class Scheduler:
         """The worker failed: roll the step back and fail its requests. Nobody else is touched."""
         planned, self._planned = self._planned, {}
         self.cache.roll_back([lease_of(s) for s in planned.values()])
+        if self._tiering is not None:
+            self._tiering.aborted()
         for sequence in planned.values():
             sequence.lease = None
         for sequence in planned.values():
@@ -185,8 +235,19 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Say whether any request is running or waiting."""
-        return bool(self._book.requests)
+        """Say whether any request is running or waiting, or blocks are to be moved."""
+        return bool(self._book.requests) or (self._tiering is not None and self._tiering.has_work)
+
+    @property
+    def idle_wait_s(self) -> float | None:
+        """Return how long the engine may sleep without work before it plans again; None: for ever."""
+        return None if self._tiering is None else self._tiering.idle_wait_s
+
+    def largest_need(self) -> int:
+        """Return the blocks that the largest accepted request needs: hard pins have to leave them."""
+        size = self.cache.block_size
+        needs = (len(r.prompt) + r.spec.max_new_tokens for r in self._book.requests.values())
+        return max((-(-need // size) for need in needs), default=0)
 
     @property
     def running_keys(self) -> list[int]:
@@ -197,7 +258,8 @@ class Scheduler:
         """Return a snapshot for metrics."""
         cache = self.cache
         leased = cache.pool.num_blocks - cache.pool.num_free - cache.tree.num_evictable
-        return self.counters.snapshot(
+        view, pins = self.tier_view, cache.pins
+        snapshot = self.counters.snapshot(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_blocks=cache.pool.num_blocks,
@@ -206,6 +268,14 @@ class Scheduler:
             num_blocks_free=cache.pool.num_free,
             evicted_blocks=cache.counters.evicted_blocks,
             expired_blocks=cache.counters.expired_blocks,
+        )
+        return msgspec.structs.replace(
+            snapshot,
+            evicted_by_cause=dict(cache.counters.evicted_by_cause),
+            pinned_blocks=pins.num_pinned,
+            tiers=[] if view is None else view.reports(),
+            prefetch=None if view is None else view.prefetch(),
+            trial_cost_share=self.trial.cost_share,
         )
 
     def check_integrity(self) -> None:
@@ -270,12 +340,17 @@ class Scheduler:
         self._waiting.enter(sequence)
 
     def _admit(self, sequence: Sequence, lease: Lease, now: float) -> None:
-        self._waiting.leave(sequence)
+        if self._tiering is not None and sequence.owner is None and not sequence.request.was_admitted:
+            sequence.request.session = self._tiering.session_of(lease, sequence.restoration)
+        self._waiting.leave(sequence, admitted=lease)
         sequence.lease = lease
         sequence.state = SequenceState.RUNNING
         self._running.add(sequence)
-        if not sequence.request.was_admitted:
-            self._book.admit(sequence.request, lease.match, now)
+        request = sequence.request
+        if not request.was_admitted:
+            if sequence.may_read:
+                self.cache.count_request(lease, restored_tokens=request.restored_tokens)
+            self._book.admit(request, lease.match, now)
 
     def _extend(self, sequence: Sequence, lease: Lease, count: int) -> None:
         if count:
@@ -287,6 +362,10 @@ class Scheduler:
             if length == sequence.num_prompt_tokens == start + count and sequence.keeps_tail:
                 self.cache.add_tail(lease)
         self._planned[sequence.sequence_id] = sequence
+
+    def _cost(self, start: int, stop: int) -> float:
+        """Return what computing positions ``[start, stop)`` takes, as measured over recent steps."""
+        return (stop - start) * self._waiting.queue.seconds_per_token
 
     def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -302,12 +381,22 @@ class Scheduler:
         finish = sequence.finish_reason(sampled.token_id)
         self._book.token(sequence, sampled, finish, now)
         if finish is not None:
+            self._note_end(sequence, now)
             self._end(sequence)
         elif not request.spec.use_kv_cache:
             self._start_over(sequence)
         if request.held_back:
             self._waiting.let_in(request)
         self._finish_if_done(request)
+
+    def _note_end(self, sequence: Sequence, now: float) -> None:
+        """Let policies learn from a request that came to its end: once, by its first sample."""
+        if sequence.sample_index or sequence.owner is not None:
+            return
+        request = sequence.request
+        self.cache.note_end(lease_of(sequence), num_prompt_tokens=sequence.num_prompt_tokens)
+        if request.spec.read_prefix:
+            self.trial.observe(request.namespace, request.prompt, sequence.num_generated, now)
 
     def _start_over(self, sequence: Sequence) -> None:
         """Let the next step compute the whole sequence again: the reference without a cache."""
@@ -323,6 +412,9 @@ class Scheduler:
         if sequence.state is SequenceState.WAITING:
             self._waiting.leave(sequence)
         else:
+            if self._tiering is not None and sequence.lease is not None and not sequence.sample_index:
+                request = sequence.request
+                self._tiering.session_ended(request.session, sequence.lease, request.namespace)
             self._stop_running(sequence)
         sequence.state = SequenceState.DONE
         sequence.request.unfinished -= 1

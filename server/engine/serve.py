@@ -102,6 +102,8 @@ class _Child:
                 log.exception("the engine has broken")
                 self._say(error)
                 return EXIT_BROKEN
+            finally:
+                parts.close()
             return EXIT_DONE
         finally:
             self._link.close()

@@ -23,13 +23,14 @@ from server.engine.messages import (
     Failed,
     FailureKind,
     Finished,
+    Progress,
     Refused,
     Tokens,
 )
 
 __all__ = ["Event", "EventStream", "StreamTable", "merge_events"]
 
-Event = Admitted | Tokens | Finished | Refused | Failed
+Event = Admitted | Progress | Tokens | Finished | Refused | Failed
 
 _MERGE_ABOVE = 32
 """Events that may wait unmerged."""
@@ -38,19 +39,24 @@ _MERGE_ABOVE = 32
 def merge_events(events: list[Event]) -> list[Event]:
     """Return the same events with the tokens of each sample joined into one, in order of first appearance.
 
-    ``events`` are of one request: ``Admitted`` can only come first, the terminal event only last.
-    The input, and the lists in it, are left as they are.
+    ``events`` are of one request: ``Admitted`` can only come first, the terminal event only last. Of
+    several ``Progress`` the latest stays. The input, and the lists in it, are left as they are.
     """
     by_sample: dict[int, list[Tokens]] = {}
     merged: list[Event] = []
+    progress: Progress | None = None
     last: Event | None = None
     for event in events:
         if type(event) is Tokens:
             by_sample.setdefault(event.sample_index, []).append(event)
         elif type(event) is Admitted:
             merged.append(event)
+        elif type(event) is Progress:
+            progress = event
         else:
             last = event
+    if progress is not None:
+        merged.append(progress)
     merged.extend(parts[0] if len(parts) == 1 else _join(parts) for parts in by_sample.values())
     if last is not None:
         merged.append(last)
@@ -248,7 +254,7 @@ class StreamTable:
             mailbox = mailboxes.get(event.key)
             if mailbox is None:
                 continue
-            if not isinstance(event, Tokens):
+            if not isinstance(event, (Tokens, Progress)):
                 self._note(mailbox, event)
             mailbox.push(event)
 

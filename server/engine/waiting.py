@@ -8,11 +8,17 @@ the queue, until the first one has computed the prompt that they share.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kvcore.cursors import Cursor
+from kvcore.lease import Lease
 from kvcore.manager import CacheManager
 from server.engine.queue import WaitingQueue
 from server.engine.request import Request, Sequence, SequenceState
+
+if TYPE_CHECKING:
+    from server.engine.tiering.restoration import Restoration
+    from server.engine.tiering.restorations import Restorations
 
 __all__ = ["WaitingRoom"]
 
@@ -26,6 +32,8 @@ class WaitingRoom:
         self.queue = WaitingQueue(self._need_of, waiting_bound_s=waiting_bound_s)
         self._cache = cache
         self._num_held_back = 0
+        self.restorations: Restorations | None = None
+        """Brings up what tiers have of waiting prompts; None: there are no tiers."""
 
     def __len__(self) -> int:
         return len(self.queue) + self._num_held_back
@@ -46,10 +54,12 @@ class WaitingRoom:
             tokens = sequence.tokens
             sequence.cursor = Cursor(tokens, len(tokens) - 1, sequence.owner, sequence)
             self._cache.park(sequence.request.namespace, sequence.cursor)
+            if self.restorations is not None and sequence.request.spec.read_prefix:
+                sequence.restoration = self.restorations.follow(sequence.request.namespace, tokens)
         self.queue.add(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
-        """Forget a sequence that was admitted or has ended."""
+    def leave(self, sequence: Sequence, *, admitted: Lease | None = None) -> None:
+        """Forget a sequence that was admitted, with its lease, or has ended."""
         held_back = sequence.request.held_back
         if sequence in held_back:
             held_back.remove(sequence)
@@ -59,6 +69,20 @@ class WaitingRoom:
         if sequence.cursor is not None:
             self._cache.board.leave(sequence.cursor)
             sequence.cursor = None
+        if sequence.restoration is not None:
+            self._end_restoration(sequence, sequence.restoration, admitted)
+
+    def _end_restoration(self, sequence: Sequence, restoration: Restoration, admitted: Lease | None) -> None:
+        assert self.restorations is not None  # it made the restoration
+        sequence.restoration = None
+        if admitted is None:
+            self.restorations.left(restoration)
+            return
+        request = sequence.request
+        num_blocks, report = self.restorations.admitted(restoration, admitted.nodes)
+        if not request.was_admitted:
+            request.restored_tokens = num_blocks * self._cache.block_size
+            request.restore = report
 
     def let_in(self, request: Request) -> None:
         """Queue samples that were held back: all once the prompt is computed, one if nobody computes it."""

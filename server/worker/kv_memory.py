@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class KvMemory:
         if device.type == "cpu":
             _advise_huge_pages(self.storage.data_ptr(), self.storage.nbytes)  # before the first touch
         self.storage.zero_()
+        self._bytes = self.storage.view(num_blocks, -1).view(torch.uint8)
         self._keys = [self.storage[:, layer, 0] for layer in range(layout.num_layers)]
         self._values = [self.storage[:, layer, 1] for layer in range(layout.num_layers)]
 
@@ -81,6 +83,19 @@ class KvMemory:
         for c in copies:
             self.storage[c.target, :, :, : c.num_slots] = self.storage[c.source, :, :, : c.num_slots]
             self.storage[c.target, :, :, c.num_slots :] = 0
+
+    def save(self, block: int) -> bytes:
+        """Return a copy of one block's bytes, in the layout's order."""
+        return bytes(self._bytes[block].cpu().numpy())
+
+    def load(self, block: int, payload: bytes | bytearray | memoryview) -> None:
+        """Overwrite one block with what ``save`` gave. Raises ``ValueError`` for another size."""
+        target = self._bytes[block]
+        if len(payload) != target.shape[0]:
+            raise ValueError(f"a block has {target.shape[0]} bytes, not {len(payload)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # read-only memory: it is only read
+            target.copy_(torch.frombuffer(payload, dtype=torch.uint8))
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero whole blocks: a block begun anew must not keep another request's NaN behind its last token."""

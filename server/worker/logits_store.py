@@ -49,3 +49,13 @@ class LogitsStore:
         if self._rows is None:
             raise LookupError("the logits store is empty")
         return self._rows[torch.tensor(slots, device=self._device)]
+
+    def export(self, slot: int) -> bytes:
+        """Return a copy of one row, float32 in native order. Raises ``LookupError`` as ``load`` does."""
+        return self.load([slot])[0].cpu().numpy().tobytes()
+
+    def restore(self, slot: int, payload: bytes | bytearray | memoryview) -> None:
+        """Overwrite one row with what ``export`` gave. Raises ``ValueError`` for another size."""
+        if len(payload) != 4 * self._shape[1]:
+            raise ValueError(f"a row has {4 * self._shape[1]} bytes, not {len(payload)}")
+        self.save([slot], torch.frombuffer(bytearray(payload), dtype=torch.float32)[None].to(self._device))

@@ -2,8 +2,8 @@
 
 One step::
 
-    copies -> pack -> clear fresh blocks -> forward -> save logits -> gather rows -> sample
-                                            (skipped if no sequence has tokens)
+    saves -> loads -> copies -> pack -> clear fresh blocks -> forward -> save logits -> gather rows -> sample
+                                                              (skipped if no sequence has tokens)
 
 Logits are saved before any are drawn from, so a sequence may draw from what another one saves in the
 same step. A sequence whose logits are not finite fails alone. What it left in KV memory stays as it is
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvcore.tiers.interface import ObjectFormat
 from server.engine.messages import EngineReady
 from server.engine.options import EngineOptions
-from server.engine.plan import SampledToken, SequencePlan, StepPlan, StepResult
+from server.engine.plan import KvLoad, KvSave, KvTarget, SampledToken, SequencePlan, StepPlan, StepResult
 from server.worker.batch import Executor
 from server.worker.equivalence import EquivalenceProbe
 from server.worker.executors import choose_executor
@@ -127,6 +128,17 @@ class ModelRunner:
         return self._store.num_slots
 
     @property
+    def object_format(self) -> ObjectFormat:
+        """Return what a block is made of, for tiers."""
+        layout = self._memory.layout
+        return ObjectFormat(
+            fingerprint=self._description.fingerprint,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            block_shape=(layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim),
+            vocab_size=self._vocab_size,
+        )
+
+    @property
     def memory(self) -> KvMemory:
         """Return the KV memory (for tiers and tests)."""
         return self._memory
@@ -161,9 +173,14 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step; block until it is done. Raises only if the worker as a whole is broken."""
-        started = time.perf_counter()
         memory = self._memory
+        saved = [self._export(save) for save in plan.saves]
+        for load in plan.loads:
+            self._import(load)
+        if not plan.sequences:
+            return StepResult(plan.step_id, [], saved=saved)
         memory.copy(plan.copies)
+        computing = time.perf_counter()
         step = pack_step(plan, self.block_size, memory.storage.device)
         logits: torch.Tensor | None = None
         if step.batch is not None:
@@ -189,9 +206,21 @@ class ModelRunner:
             plan.step_id,
             sampled,
             failed,
-            forward_s=forwarded - started,
+            forward_s=forwarded - computing,
             sample_s=time.perf_counter() - forwarded,
+            saved=saved,
         )
+
+    def _export(self, save: KvSave) -> bytes:
+        if save.target is KvTarget.LOGITS:
+            return self._store.export(save.index)
+        return self._memory.save(save.index)
+
+    def _import(self, load: KvLoad) -> None:
+        if load.target is KvTarget.LOGITS:
+            self._store.restore(load.index, load.payload)
+        else:
+            self._memory.load(load.index, load.payload)
 
     def _save(self, sequences: list[SequencePlan], logit_row: list[int], logits: torch.Tensor | None) -> None:
         slots, rows = [], []

@@ -14,6 +14,7 @@ from server.engine.messages import (
     Finish,
     Finished,
     GenerateSpec,
+    Progress,
     Refused,
     Submit,
     Tokens,
@@ -21,6 +22,7 @@ from server.engine.messages import (
 from server.engine.options import EngineOptions
 from server.engine.plan import SequencePlan, StepPlan
 from server.engine.scheduler import Scheduler
+from server.engine.tiering.tiering import Tiering
 from tests.chain_runner import ChainRunner, expected_tokens
 
 __all__ = ["VOCABULARY", "Told", "World"]
@@ -52,8 +54,10 @@ class World:
         block_size: int,
         num_logits_slots: int = 8,
         fails: Callable[[SequencePlan], bool] = lambda part: False,
+        tiers: Callable[[World], Tiering] | None = None,
         **options: object,
     ) -> None:
+        """``tiers`` makes the tiers of this world, once all else is there."""
         self.clock = ManualClock()
         settings = {"model": "chain", "max_waiting": 1000, "max_batch_tokens": 16, **options}
         self.scheduler = Scheduler(
@@ -71,6 +75,10 @@ class World:
             fails=fails,
         )
         self.told: dict[int, Told] = {}
+        self.tiering: Tiering | None = None
+        if tiers is not None:
+            self.tiering = tiers(self)
+            self.scheduler.use_tiers(self.tiering)
 
     def submit(
         self, prompt: list[int], max_new_tokens: int = 4, *, deadline_s: float | None = None, **fields: object
@@ -95,7 +103,9 @@ class World:
         """Plan, run and apply one step; check all that was said."""
         scheduler = self.scheduler
         plan = scheduler.plan()
-        if plan is None:
+        if plan is None and self.tiering is not None and scheduler.has_work:
+            assert not len(scheduler._running), "running sequences were not planned"
+        elif plan is None:
             assert not scheduler.has_work or not len(scheduler._running), "running sequences were not planned"
             assert not scheduler.has_work, "there is work, nothing runs, and nothing is planned"
         else:
@@ -131,7 +141,7 @@ class World:
             elif isinstance(event, Admitted):
                 assert not told.admitted
                 told.admitted = True
-            else:
+            elif not isinstance(event, Progress):
                 told.terminal = event
                 self._hear_end(told, event)
 
@@ -167,6 +177,7 @@ class World:
             ended = {i for i, finish in enumerate(told.finishes) if finish is not None}
             assert ended | told.cancelled >= set(range(spec.num_samples))
             cached = usage.cached_block_tokens + usage.cached_partial_tokens + usage.cached_tail_tokens
+            cached += usage.restored_tokens
             assert usage.prompt_tokens == len(spec.token_ids) == cached + usage.computed_prompt_tokens
             assert usage.generated_tokens == sum(map(len, told.tokens))
             if not (spec.use_kv_cache and spec.read_prefix):
@@ -180,6 +191,7 @@ class World:
         stats = scheduler.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_leased) == (0, 0, 0)
         cached = stats.cached_block_tokens + stats.cached_partial_tokens + stats.cached_tail_tokens
+        cached += self.scheduler.counters.restored_tokens
         assert cached + stats.computed_prompt_tokens == stats.prompt_tokens
         cache.clear()
         cache.check_integrity()
