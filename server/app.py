@@ -29,6 +29,7 @@ from server.config import ServerConfig
 from server.engine.errors import EngineStartError
 from server.engine.interface import Engine
 from server.engine.messages import EngineReady
+from server.engine.model_slot import ModelSlot
 from server.engine.process import EngineProcess
 from server.rpc.call import CallObserver
 from server.rpc.listener import ListenError, ListenOptions, TlsFiles, check_port_free
@@ -115,7 +116,7 @@ class _Application:
         _say(f"loading {config.model}")
         if config.is_open_to_others:
             _log.warning("no API keys are configured and the server is reachable from other machines")
-        engine = EngineProcess(config.engine_options())
+        engine = ModelSlot(lambda: EngineProcess(config.engine_options()))
         starting = asyncio.create_task(engine.start(), name="engine-start")
         try:
             await asyncio.sleep(0)  # the engine process is spawned now, before any gRPC object exists
@@ -131,7 +132,7 @@ class _Application:
 
     async def _serve(
         self,
-        engine: EngineProcess,
+        engine: ModelSlot,
         tokenizer: ModelTokenizer,
         telemetry: _Telemetry,
         starting: asyncio.Task[None],
@@ -148,6 +149,7 @@ class _Application:
             authenticator=Authenticator(config.api_keys),
             observer=telemetry.metrics,
             call_observers=telemetry.call_observers,
+            model_control=engine,
         )
         port = await front_end.start()
         grace_s = 0.0

@@ -79,12 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         group = groups.get(setting.group)
         if group is None:
             group = groups[setting.group] = serve.add_argument_group(setting.group)
+        text = setting.help.replace("%", "%%")  # argparse fills in figures of its own
         if setting.metavar:
-            group.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, help=setting.help)
+            group.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, help=text)
         else:
-            group.add_argument(
-                setting.flag, dest=setting.name, action="store_const", const="true", help=setting.help
-            )
+            group.add_argument(setting.flag, dest=setting.name, action="store_const", const="true", help=text)
     return parser
 
 

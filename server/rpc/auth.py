@@ -93,6 +93,7 @@ class Authenticator:
     def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
         self._keys = tuple(keys)
         self._callers = tuple(key.caller() for key in self._keys)
+        self._tenants = {caller.salt: caller.tenant for caller in self._callers}
 
     def authenticate(self, metadata: Sequence[tuple[str, str | bytes]], method: str) -> Caller:
         """Return the caller of ``method`` (``/package.Service/Method``).
@@ -112,6 +113,10 @@ class Authenticator:
         if scope not in caller.scopes:
             raise PermissionDenied(f"the key lacks the scope {scope}")
         return caller
+
+    def tenant_of(self, salt: str) -> str:
+        """Return whose cache a salt keeps apart; empty if nobody's who has a key."""
+        return self._tenants.get(salt, "")
 
     def _find(self, header: str | bytes) -> Caller | None:
         text = header.decode("latin-1") if isinstance(header, bytes) else header

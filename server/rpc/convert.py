@@ -1,4 +1,4 @@
-"""The only bridge between protobuf messages and the front end's own terms, in both directions.
+"""The bridge between the messages of ``generate.proto`` and the front end's own terms, in both directions.
 
 Reading checks every field and reports all violations together. Writing builds events from samples'
 deltas. Defaults stand in the proto comments and are applied here.
@@ -11,14 +11,21 @@ from collections.abc import Sequence
 
 from kvserve.v1 import common_pb2
 from kvserve.v1 import generate_pb2 as pb
-from server.engine.messages import EngineReady, Finish, GenerateSpec, RequestTimings, RequestUsage
-from server.rpc.requests import ChatPrompt, GenerateCall, ModelLimits, Prompt, TextPrompt, TokenPrompt
+from server.engine.messages import (
+    EngineReady,
+    Finish,
+    GenerateSpec,
+    RequestTimings,
+    RequestUsage,
+    RestoreReport,
+)
+from server.rpc.prompt_convert import read_chat, read_prompt
+from server.rpc.requests import ChatPrompt, GenerateCall, ModelLimits, TextPrompt
 from server.rpc.samples import SampleDelta
 from server.rpc.validation import Violations
 
 __all__ = [
     "event_of",
-    "is_model_name",
     "model_info",
     "read_detokenize",
     "read_generate",
@@ -30,7 +37,6 @@ __all__ = [
 ]
 
 MAX_REQUEST_ID_CHARS = 128
-MAX_CHAT_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
@@ -46,11 +52,10 @@ _FINISH = {
     Finish.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     Finish.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
 }
-
-
-def is_model_name(model: str) -> bool:
-    """Say whether this could be a model's name; reading the whole request reports it where not."""
-    return Violations().model_name("model", model)
+_DECISIONS = {
+    "fetch": common_pb2.Restore.FETCH,
+    "recompute": common_pb2.Restore.RECOMPUTE,
+}
 
 
 def read_model_info(request: pb.GetModelInfoRequest) -> None:
@@ -69,7 +74,9 @@ def read_generate(
     violations.printable("request_id", request.request_id, max_chars=MAX_REQUEST_ID_CHARS)
     if request.HasField("priority"):
         violations.integer("priority", request.priority, low=-100, high=100)
-    prompt = _read_prompt(request, limits, violations)
+    prompt = read_prompt(request, request.WhichOneof("input"), limits, violations)
+    if prompt is None:
+        violations.add("input", "one of text, token_ids and chat is required")
     parameters = request.parameters
     _check_parameters(parameters, limits, violations)
     lifetime_s = None
@@ -124,7 +131,7 @@ def read_tokenize(request: pb.TokenizeRequest) -> tuple[TextPrompt | ChatPrompt,
         case "text":
             prompt = TextPrompt(request.text)
         case "chat":
-            prompt = _read_chat(request.chat, violations)
+            prompt = read_chat(request.chat, violations)
         case _:
             violations.add("input", "one of text and chat is required")
     violations.raise_if_any()
@@ -140,47 +147,6 @@ def read_detokenize(request: pb.DetokenizeRequest, limits: ModelLimits) -> tuple
     violations.raise_if_any()
     skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
     return list(request.token_ids), skip
-
-
-def _read_prompt(request: pb.GenerateRequest, limits: ModelLimits, violations: Violations) -> Prompt | None:
-    match request.WhichOneof("input"):
-        case "text":
-            # Whether text is empty shows when it is tokenized: a tokenizer may add a first token of its own.
-            if not request.text:
-                violations.add("text", "must not be empty")
-            return TextPrompt(request.text)
-        case "token_ids":
-            ids = request.token_ids.ids
-            if not ids:
-                violations.add("token_ids.ids", "must not be empty")
-            elif len(ids) >= limits.max_model_length:
-                violations.add(
-                    "token_ids.ids",
-                    f"has {len(ids)} tokens; "
-                    f"the model takes {limits.max_model_length} with the generated ones",
-                )
-            else:
-                violations.token_ids("token_ids.ids", ids, vocab_size=limits.vocab_size)
-            return TokenPrompt(list(ids))
-        case "chat":
-            return _read_chat(request.chat, violations)
-        case _:
-            violations.add("input", "one of text, token_ids and chat is required")
-            return None
-
-
-def _read_chat(chat: common_pb2.Chat, violations: Violations) -> ChatPrompt:
-    messages: list[dict[str, str]] = []
-    if not chat.messages:
-        violations.add("chat.messages", "must not be empty")
-    elif violations.count("chat.messages", len(chat.messages), high=MAX_CHAT_MESSAGES):
-        for index, message in enumerate(chat.messages):
-            # One bad role says enough: a conversation may have thousands.
-            if not violations.role(f"chat.messages[{index}].role", message.role):
-                break
-            messages.append({"role": message.role, "content": message.content})
-    add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    return ChatPrompt(messages, add)
 
 
 def _check_parameters(
@@ -287,6 +253,7 @@ def summary_of(
             cached_tail_tokens=usage.cached_tail_tokens,
             computed_prompt_tokens=usage.computed_prompt_tokens,
             generated_tokens=num_generated_tokens,
+            restored_tokens=usage.restored_tokens,
         ),
         timings=common_pb2.Timings(
             tokenize_s=tokenize_s,
@@ -296,7 +263,21 @@ def summary_of(
             first_token_s=first_token_s,
             decode_s=timings.decode_s,
             total_s=total_s,
+            restore=None if timings.restore is None else _restore_of(timings.restore),
         ),
+    )
+
+
+def _restore_of(report: RestoreReport) -> common_pb2.Restore:
+    return common_pb2.Restore(
+        decision=_DECISIONS.get(report.decision, common_pb2.Restore.DECISION_UNSPECIFIED),
+        tier=report.tier,
+        found_tokens=report.found_tokens,
+        restored_tokens=report.restored_tokens,
+        expected_fetch_s=report.expected_fetch_s,
+        expected_recompute_s=report.expected_recompute_s,
+        fetch_s=report.fetch_s,
+        wait_s=report.wait_s,
     )
 
 

@@ -7,6 +7,14 @@
     ├── ModelNotFound        NOT_FOUND
     ├── RequestIdInUse       ALREADY_EXISTS
     ├── NeverFits            FAILED_PRECONDITION  the KV pool is too small for it, now and always
+    ├── ModelNotLoaded       FAILED_PRECONDITION  unloaded on purpose; LoadModel brings it back
+    ├── ModelBusy            FAILED_PRECONDITION  it cannot be unloaded now
+    ├── ModelLoadFailed      FAILED_PRECONDITION  it can be tried again
+    ├── PrefixNotFound       NOT_FOUND            no such prefix, namespace or snapshot
+    ├── PrefixInUse          FAILED_PRECONDITION  held by running requests or hard pins
+    ├── NotSupported         FAILED_PRECONDITION  this server is not configured for it
+    ├── PinBudgetExceeded    RESOURCE_EXHAUSTED
+    ├── SnapshotExists       ALREADY_EXISTS
     ├── ResponseTooLarge     RESOURCE_EXHAUSTED   the unary answer exceeds the message limit
     ├── QueueFull            RESOURCE_EXHAUSTED   with RetryInfo and pushback
     ├── Unavailable          UNAVAILABLE          loading, draining or lost engine; RetryInfo where it helps
@@ -39,14 +47,22 @@ __all__ = [
     "FieldViolation",
     "InternalError",
     "InvalidArgument",
+    "ModelBusy",
+    "ModelLoadFailed",
     "ModelNotFound",
+    "ModelNotLoaded",
     "NeverFits",
+    "NotSupported",
     "OutOfMemory",
     "PermissionDenied",
+    "PinBudgetExceeded",
+    "PrefixInUse",
+    "PrefixNotFound",
     "QueueFull",
     "ReaderTooSlow",
     "RequestIdInUse",
     "ResponseTooLarge",
+    "SnapshotExists",
     "Unauthenticated",
     "Unavailable",
     "error_from_engine",
@@ -133,6 +149,70 @@ class NeverFits(CallError):
     reason = "KV_POOL_TOO_SMALL"
 
 
+class ModelNotLoaded(CallError):
+    """The model was unloaded."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_NOT_LOADED"
+
+
+class ModelBusy(CallError):
+    """Requests run, or the model is being loaded."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_BUSY"
+
+
+class ModelLoadFailed(CallError):
+    """The model could not be loaded; it stays unloaded."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_LOAD_FAILED"
+
+
+class PrefixNotFound(CallError):
+    """Nothing in the cache has that name."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "NOT_CACHED"
+
+
+class SnapshotNotFound(CallError):
+    """There is no snapshot of that name."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "SNAPSHOT_NOT_FOUND"
+
+
+class PrefixInUse(CallError):
+    """Running requests or hard pins hold some of it; nothing has changed."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "IN_USE"
+
+
+class NotSupported(CallError):
+    """The server is not configured for it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NOT_CONFIGURED"
+
+
+class PinBudgetExceeded(CallError):
+    """There is no room within the pins' budget; nothing has changed."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    """Not RESOURCE_EXHAUSTED, which clients try again: an operator has to unpin something first."""
+    reason = "PIN_BUDGET"
+
+
+class SnapshotExists(CallError):
+    """The snapshot's name is taken."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "SNAPSHOT_EXISTS"
+
+
 class ResponseTooLarge(CallError):
     """A unary answer that exceeds the limit on messages; the stream has no such limit."""
 
@@ -207,7 +287,13 @@ def error_from_engine(kind: FailureKind, *, retry_after_s: float | None = None) 
         case FailureKind.DEADLINE:
             return DeadlinePassed("the deadline passed before the request finished")
         case FailureKind.DRAINING:
-            return Unavailable("the server is shutting down", reason="DRAINING", retry_after_s=retry_after_s)
+            return Unavailable(
+                "the server is shutting down, or its model is being unloaded",
+                reason="DRAINING",
+                retry_after_s=retry_after_s,
+            )
+        case FailureKind.NOT_LOADED:
+            return ModelNotLoaded("the model is not loaded")
         case FailureKind.ENGINE_LOST:
             after_s = 1.0 if retry_after_s is None else retry_after_s
             return Unavailable(

@@ -7,20 +7,24 @@ import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvserve.v1 import generate_pb2, generate_pb2_grpc
-from server.engine.interface import Engine
+from kvserve.v1 import cache_admin_pb2, cache_admin_pb2_grpc, generate_pb2, generate_pb2_grpc
+from server.engine.interface import Engine, ModelControl
 from server.rpc.auth import Authenticator
+from server.rpc.cache_admin_service import CacheAdminService
+from server.rpc.cache_watch import WatchHub, WatchObserver
 from server.rpc.call import CallObserver
 from server.rpc.generate_service import GenerateService, GenerationObserver, ServiceLimits
 from server.rpc.health import HealthReporter
 from server.rpc.interceptor import CallInterceptor, CallLimits
 from server.rpc.listener import ListenOptions, bind, make_server
+from server.rpc.served_model import ServedModel
 from server.rpc.tokenizer import ModelTokenizer
 
-__all__ = ["FrontEnd", "FrontEndOptions"]
+__all__ = ["FrontEnd", "FrontEndObserver", "FrontEndOptions"]
 
 _CLOSING_S = 0.5
 _LAST_MESSAGES_S = 2.0
@@ -39,6 +43,10 @@ class FrontEndOptions:
     num_tokenizer_threads: int = 2
 
 
+class FrontEndObserver(GenerationObserver, WatchObserver, Protocol):
+    """Sees what the services do: metrics."""
+
+
 class FrontEnd:
     """Create it inside the event loop; ``start``, then ``shut_down``."""
 
@@ -49,9 +57,11 @@ class FrontEnd:
         options: FrontEndOptions,
         *,
         authenticator: Authenticator,
-        observer: GenerationObserver,
+        observer: FrontEndObserver,
         call_observers: Sequence[CallObserver] = (),
+        model_control: ModelControl | None = None,
     ) -> None:
+        """``model_control`` loads and unloads the model of ``engine``; None: it stays loaded."""
         self._engine = engine
         self._options = options
         self._pool = ThreadPoolExecutor(options.num_tokenizer_threads, thread_name_prefix="tokenizer")
@@ -60,16 +70,20 @@ class FrontEnd:
         self._interceptor = CallInterceptor(
             authenticator, limits=options.call_limits, observers=call_observers
         )
-        self._service = GenerateService(
-            engine,
-            tokenizer,
-            model_name=options.model_name,
-            executor=self._pool,
-            limits=ServiceLimits(options.write_timeout_s, options.listen.max_message_bytes),
-            observer=observer,
+        self._model = ServedModel(engine, tokenizer, name=options.model_name, executor=self._pool)
+        self._hub = WatchHub(engine, observer=observer)
+        limits = ServiceLimits(options.write_timeout_s, options.listen.max_message_bytes)
+        generate_service = GenerateService(self._model, limits=limits, observer=observer)
+        admin_service = CacheAdminService(
+            self._model,
+            hub=self._hub,
+            control=model_control,
+            tenant_of=authenticator.tenant_of,
+            limits=limits,
         )
         self._server = make_server(options.listen, [self._interceptor])
-        generate_pb2_grpc.add_GenerateServiceServicer_to_server(self._service, self._server)
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(generate_service, self._server)
+        cache_admin_pb2_grpc.add_CacheAdminServiceServicer_to_server(admin_service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         if options.reflection:
             self._add_reflection()
@@ -96,7 +110,8 @@ class FrontEnd:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._follower
         await self._health.shut_down()
-        self._service.drain()
+        self._model.drain()
+        await self._hub.close()
         await self._engine.stop(grace_s=grace_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._interceptor.wait_idle(), _LAST_MESSAGES_S)
@@ -109,6 +124,7 @@ class FrontEnd:
 
         names = (
             generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+            cache_admin_pb2.DESCRIPTOR.services_by_name["CacheAdminService"].full_name,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         )

@@ -11,40 +11,32 @@ out together.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from grpc import aio
 
 from kvserve.v1 import generate_pb2 as pb
 from kvserve.v1 import generate_pb2_grpc
-from server.engine.interface import Engine, EngineState
-from server.engine.messages import EngineReady, GenerateSpec
+from server.engine.messages import GenerateSpec
 from server.rpc import convert
 from server.rpc.call import Call, current_call
 from server.rpc.errors import (
     DeadlinePassed,
     InternalError,
-    ModelNotFound,
     RequestIdInUse,
     ResponseTooLarge,
-    Unavailable,
 )
 from server.rpc.generation import Generation
-from server.rpc.requests import ModelLimits, TokenPrompt
 from server.rpc.samples import SampleDelta
+from server.rpc.served_model import ServedModel
 from server.rpc.stream_writer import StreamWriter
-from server.rpc.tokenizer import ModelTokenizer
 
 __all__ = ["GenerateService", "GenerationObserver", "ServiceLimits"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +57,6 @@ class GenerationObserver(Protocol):
     def finished(self, summary: pb.GenerateSummary, num_samples: int) -> None:
         """Note a generation that ended well."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What is derived from one load of the model."""
-
-    ready: EngineReady
-    limits: ModelLimits
 
 
 @dataclass(slots=True)
@@ -113,31 +97,13 @@ class _Running:
 
 
 class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
-    """Serves one model. All methods run on the event loop; tokenizer work runs in ``executor``."""
+    """Serves one model. All methods run on the event loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: ModelTokenizer,
-        *,
-        model_name: str,
-        executor: Executor,
-        limits: ServiceLimits,
-        observer: GenerationObserver,
-    ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._model_name = model_name
-        self._executor = executor
+    def __init__(self, model: ServedModel, *, limits: ServiceLimits, observer: GenerationObserver) -> None:
+        self._model = model
         self._limits = limits
         self._observer = observer
-        self._loaded: _Model | None = None
         self._request_ids: set[tuple[str, str]] = set()
-        self._draining = False
-
-    def drain(self) -> None:
-        """Refuse new generations from now on."""
-        self._draining = True
 
     async def StreamGenerate(  # noqa: N802 - named by the service definition
         self, request: pb.GenerateRequest, context: aio.ServicerContext[Any, Any]
@@ -162,7 +128,7 @@ class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
             if summary is not None:
                 events[-1].summary.CopyFrom(summary)
             if not started:
-                events[0].start.CopyFrom(running.start(self._model_name))
+                events[0].start.CopyFrom(running.start(self._model.name))
             for event in events:
                 await write(event)
                 now_s = time.perf_counter()
@@ -190,7 +156,7 @@ class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
             summary = running.summary()
             if summary is None:
                 raise InternalError("the generation ended without a result")
-            response = convert.response_of(running.start(self._model_name), samples, summary)
+            response = convert.response_of(running.start(self._model.name), samples, summary)
             if response.ByteSize() > self._limits.max_message_bytes:
                 raise ResponseTooLarge("the answer exceeds the server's message limit; use StreamGenerate")
             self._finished(running, summary)
@@ -200,77 +166,66 @@ class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
         self, request: pb.TokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
         """Return a prompt's token ids."""
-        limits = self._model(request.model).limits
+        limits = self._model.loaded(request.model).limits
         prompt, add_special_tokens = convert.read_tokenize(request)
-        token_ids = await self._in_pool(
-            partial(
-                self._tokenizer.encode,
-                prompt,
-                max_model_length=limits.max_model_length,
-                add_special_tokens=add_special_tokens,
-            )
-        )
+        token_ids = await self._model.tokenize(prompt, limits, add_special_tokens=add_special_tokens)
         return pb.TokenizeResponse(token_ids=token_ids, max_model_length=limits.max_model_length)
 
     async def Detokenize(  # noqa: N802 - named by the service definition
         self, request: pb.DetokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.DetokenizeResponse:
         """Return the text of tokens."""
-        limits = self._model(request.model).limits
+        limits = self._model.loaded(request.model).limits
         token_ids, skip = convert.read_detokenize(request, limits)
-        text = await self._in_pool(partial(self._tokenizer.decode, token_ids, skip_special_tokens=skip))
+        text = await self._model.in_pool(
+            partial(self._model.tokenizer.decode, token_ids, skip_special_tokens=skip)
+        )
         return pb.DetokenizeResponse(text=text)
 
     async def GetModelInfo(  # noqa: N802 - named by the service definition
         self, request: pb.GetModelInfoRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.ModelInfo:
         """Describe the model."""
-        model = self._model(request.model)
+        ready = self._model.loaded(request.model).ready
         convert.read_model_info(request)
         return convert.model_info(
-            model.ready,
-            name=self._model_name,
-            eos_token_ids=self._tokenizer.eos_token_ids,
-            has_chat_template=self._tokenizer.has_chat_template,
+            ready,
+            name=self._model.name,
+            eos_token_ids=self._model.tokenizer.eos_token_ids,
+            has_chat_template=self._model.tokenizer.has_chat_template,
         )
 
     @asynccontextmanager
     async def _begin(self, request: pb.GenerateRequest) -> AsyncIterator[_Running]:
         """Do all that comes before the first token; free all that the call holds in the end."""
         call = current_call.get()
-        self._check_taking_requests()
-        model = self._model(request.model)
+        model = self._model
+        model.check_taking_requests()
+        limits = model.loaded(request.model).limits
         wanted = convert.read_generate(
-            request, model.limits, eos_token_ids=self._tokenizer.eos_token_ids, salt=call.caller.salt
+            request, limits, eos_token_ids=model.tokenizer.eos_token_ids, salt=call.caller.salt
         )
         call.request_id = wanted.request_id
-        call.attributes["gen_ai.request.model"] = self._model_name
+        call.attributes["gen_ai.request.model"] = model.name
         claim = (call.caller.tenant, wanted.request_id)
         if claim in self._request_ids:
             raise RequestIdInUse("a running call of yours has this request_id")
         self._request_ids.add(claim)
         try:
             tokenize_started_s = time.perf_counter()
-            if isinstance(wanted.prompt, TokenPrompt):
-                token_ids = wanted.prompt.token_ids
-            else:
-                token_ids = await self._in_pool(
-                    partial(
-                        self._tokenizer.encode, wanted.prompt, max_model_length=model.limits.max_model_length
-                    )
-                )
+            token_ids = await model.tokenize(wanted.prompt, limits)
             tokenize_s = time.perf_counter() - tokenize_started_s
-            spec = wanted.complete(token_ids, model.limits)
+            spec = wanted.complete(token_ids, limits)
             remaining_s = call.remaining_s()
             if remaining_s == 0:
                 raise DeadlinePassed("the deadline passed before the request was queued")
-            self._check_taking_requests()
+            model.check_taking_requests()
             generation = Generation(
-                self._engine.submit(spec, deadline_s=remaining_s),
+                model.engine.submit(spec, deadline_s=remaining_s),
                 spec,
                 stop_strings=wanted.stop_strings,
-                detokenizers=self._tokenizer.detokenizers,
-                text_of=self._tokenizer.text_of,
+                detokenizers=model.tokenizer.detokenizers,
+                text_of=model.tokenizer.text_of,
             )
             try:
                 yield _Running(call, spec, generation, tokenize_s)
@@ -278,31 +233,6 @@ class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
                 generation.close()
         finally:
             self._request_ids.discard(claim)
-
-    def _check_taking_requests(self) -> None:
-        if self._draining or self._engine.state is EngineState.DRAINING:
-            raise Unavailable("the server is shutting down", reason="DRAINING")
-        if self._engine.state is EngineState.LOADING:
-            raise Unavailable("the model is being loaded", reason="LOADING", retry_after_s=1.0)
-        if self._engine.state is EngineState.DEAD:
-            raise Unavailable(
-                "the engine was lost and is being restarted", reason="ENGINE_LOST", retry_after_s=1.0
-            )
-
-    def _model(self, name: str) -> _Model:
-        """Return the model that a client names; empty is the only one.
-
-        What cannot be a name is left to the reading of the request, which reports all that is wrong with it.
-        """
-        if name not in ("", self._model_name) and convert.is_model_name(name):
-            raise ModelNotFound("no such model is served here")
-        ready = self._engine.ready
-        if ready is None:
-            raise Unavailable("the model is being loaded", reason="LOADING", retry_after_s=1.0)
-        if self._loaded is None or self._loaded.ready is not ready:
-            self._tokenizer.detokenizers.cover(ready.vocab_size)
-            self._loaded = _Model(ready, ModelLimits.of(ready))
-        return self._loaded
 
     def _finished(self, running: _Running, summary: pb.GenerateSummary) -> None:
         usage = summary.usage
@@ -314,6 +244,3 @@ class GenerateService(generate_pb2_grpc.GenerateServiceServicer):
             }
         )
         self._observer.finished(summary, running.spec.num_samples)
-
-    async def _in_pool(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)

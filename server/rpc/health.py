@@ -1,4 +1,7 @@
-"""``grpc.health.v1`` that follows the engine: SERVING exactly while requests are taken."""
+"""``grpc.health.v1`` that follows the engine: SERVING exactly while requests are taken.
+
+The administration is SERVING as long as the server listens: a model that is not loaded is loaded through it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from server.engine.interface import Engine, EngineState
 __all__ = ["HealthReporter"]
 
 _SERVICES = (health.OVERALL_HEALTH, "kvserve.v1.GenerateService")
+_ADMIN_SERVICE = "kvserve.v1.CacheAdminService"
 
 
 class HealthReporter:
@@ -23,6 +27,7 @@ class HealthReporter:
 
     async def follow(self) -> None:
         """Report every change of the engine's state, until cancelled."""
+        await self.servicer.set(_ADMIN_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         while True:
             state = self._engine.state
             await self._report(state)

@@ -9,14 +9,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Protocol
 
 from server.rpc.errors import FieldViolation, InvalidArgument
 
-__all__ = ["MAX_LIFETIME_S", "Violations"]
+__all__ = ["MAX_LIFETIME_S", "PlainDuration", "Violations"]
 
 MAX_LIFETIME_S = 10 * 365.25 * 86_400
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]*")
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PREFIX_ID = re.compile(r"[0-9a-f]{8,64}")
+_NAMESPACE = re.compile(r"[0-9a-f]{16}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class PlainDuration(Protocol):
+    """A ``google.protobuf.Duration``, as it stands in a message."""
+
+    @property
+    def seconds(self) -> int: ...
+    @property
+    def nanos(self) -> int: ...
 
 
 class Violations:
@@ -106,3 +120,47 @@ class Violations:
             self.add(field, "must be more than 0 and at most 10 years")
             return None
         return total_s
+
+    def age(self, field: str, value: PlainDuration) -> float | None:
+        """Check a duration of which 0 is as good as any; return its seconds if it is good."""
+        if value.seconds == 0 and value.nanos == 0:
+            return 0.0
+        return self.duration(field, value.seconds, value.nanos)
+
+    def prefix_id(self, field: str, value: str) -> bool:
+        """Check the id of a prefix, or the beginning of one."""
+        if _PREFIX_ID.fullmatch(value) is None:
+            return self.add(field, "must be 8 to 64 hexadecimal digits, in lower case")
+        return True
+
+    def namespace(self, field: str, value: str) -> bool:
+        """Check the id of a namespace; empty stands for all."""
+        if value and _NAMESPACE.fullmatch(value) is None:
+            return self.add(field, "must be 16 hexadecimal digits, in lower case")
+        return True
+
+    def plain_name(self, field: str, value: str) -> bool:
+        """Check a name that becomes a folder's: no separator, nothing hidden, no way up."""
+        if _PLAIN_NAME.fullmatch(value) is None or ".." in value or value.endswith("."):
+            return self.add(
+                field, "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
+            )
+        return True
+
+    def policy_name(self, field: str, value: str) -> bool:
+        """Check that this could be an eviction policy's name."""
+        if _POLICY_NAME.fullmatch(value) is None:
+            return self.add(field, "is not the name of a policy")
+        return True
+
+    def choice(self, field: str, value: str, choices: Sequence[str]) -> bool:
+        """Check that a name is empty or one of those known."""
+        if value and value not in choices:
+            return self.add(field, f"must be {', '.join(choices[:-1])} or {choices[-1]}")
+        return True
+
+    def enum(self, field: str, value: int, known: Sequence[int]) -> bool:
+        """Check an enum's value: proto3 lets unknown ones through."""
+        if value not in known:
+            return self.add(field, "is not a known value")
+        return True

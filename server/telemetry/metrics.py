@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvserve.v1 import generate_pb2 as pb
+from server.engine.admin_messages import PrefetchReport, TierReport
 from server.engine.interface import Engine, EngineState
 from server.engine.messages import EngineStats
 from server.rpc.call import Call
@@ -62,13 +63,17 @@ class PlainHistogram(Collector):
 
 
 class FrontEndMetrics:
-    """What the front end measures: a ``CallObserver`` and ``GenerationObserver``. Event loop only."""
+    """What the front end measures: a ``CallObserver`` and a ``FrontEndObserver``. Event loop only."""
 
     def __init__(self, registry: CollectorRegistry, *, model_name: str) -> None:
         self._calls = Counter(
             "kvserve_rpc_calls", "Calls by method and status code.", ["method", "code"], registry=registry
         )
         self._active = Gauge("kvserve_rpc_calls_active", "Calls being served.", registry=registry)
+        self._watchers = Gauge("kvserve_cache_watchers", "Streams of cache events.", registry=registry)
+        self._watch_lost = Counter(
+            "kvserve_cache_watch_lost_events", "Events that watchers did not get.", registry=registry
+        )
         self._call_s = PlainHistogram(
             "kvserve_e2e_request_latency_seconds", "From headers to status.", _REQUEST_S
         )
@@ -141,6 +146,14 @@ class FrontEndMetrics:
         if per_sample > 1:
             self._per_token_s.observe(timings.decode_s / (per_sample - 1))
 
+    def watchers(self, count: int) -> None:
+        """Note how many watch the cache."""
+        self._watchers.set(count)
+
+    def watch_lost(self, count: int) -> None:
+        """Note events that watchers did not get."""
+        self._watch_lost.inc(count)
+
     def loop_lag(self, lag_s: float) -> None:
         """Note how late the event loop was."""
         self._lag_s.observe(lag_s)
@@ -177,7 +190,12 @@ class EngineCollector(Collector):
     def _of_stats(self, stats: EngineStats) -> Iterator[Metric]:
         gauge, counter = self._gauge, self._counter
         used = stats.num_blocks_leased / stats.num_blocks if stats.num_blocks else 0.0
-        cached = stats.cached_block_tokens + stats.cached_partial_tokens + stats.cached_tail_tokens
+        cached = (
+            stats.cached_block_tokens
+            + stats.cached_partial_tokens
+            + stats.cached_tail_tokens
+            + stats.restored_tokens
+        )
         yield gauge("num_requests_running", "Requests that take part in steps.", stats.num_running)
         yield gauge("num_requests_waiting", "Requests in the queue.", stats.num_waiting)
         yield gauge("kv_cache_usage_perc", "Share of KV blocks held by running requests; 1 is all.", used)
@@ -192,6 +210,7 @@ class EngineCollector(Collector):
             "prefix_cache_hit_partial_tokens", "Found as part of a block.", stats.cached_partial_tokens
         )
         yield counter("prefix_cache_hit_tail_tokens", "Found as an exact tail.", stats.cached_tail_tokens)
+        yield counter("prefix_cache_hit_restored_tokens", "Brought back from tiers.", stats.restored_tokens)
         yield counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
         yield counter("computed_prompt_tokens", "Prompt tokens computed.", stats.computed_prompt_tokens)
         yield counter("recomputed_tokens", "Tokens computed again.", stats.recomputed_tokens)
@@ -209,6 +228,112 @@ class EngineCollector(Collector):
         yield counter("engine_steps", "Steps of the engine.", stats.steps)
         yield counter("engine_step_seconds", "Time in steps.", stats.step_s)
         yield counter("engine_plan_seconds", "Time spent planning them.", stats.plan_s)
+
+        yield gauge("kv_blocks_pinned", "Cached blocks that a pin holds.", stats.pinned_blocks)
+        yield self._family(
+            CounterMetricFamily,
+            "evicted_blocks_by_cause",
+            "Cached blocks given up, by why.",
+            ["cause"],
+            [((cause,), blocks) for cause, blocks in sorted(stats.evicted_by_cause.items())],
+        )
+        yield gauge(
+            "policy_trial_cost_share",
+            "Share of the engine's time for policies on trial.",
+            stats.trial_cost_share,
+        )
+        yield from self._of_tiers(stats.tiers)
+        yield from self._of_prefetch(stats.prefetch or PrefetchReport())
+
+    def _of_tiers(self, tiers: Sequence[TierReport]) -> Iterator[Metric]:
+        def of_tier(
+            family: type[GaugeMetricFamily | CounterMetricFamily],
+            name: str,
+            text: str,
+            value: Callable[[TierReport], float],
+        ) -> Metric:
+            samples = [((tier.tier,), float(value(tier))) for tier in tiers]
+            return self._family(family, f"cache_tier_{name}", text, ["tier"], samples)
+
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield of_tier(gauge, "available", "1 while the tier is used.", lambda tier: tier.is_available)
+        yield of_tier(gauge, "objects", "Cache objects in the tier.", lambda tier: tier.num_objects)
+        yield of_tier(gauge, "bytes", "Bytes of cache objects in the tier.", lambda tier: tier.num_bytes)
+        yield of_tier(
+            gauge, "max_bytes", "Its budget; 0 is none of its own.", lambda tier: tier.max_bytes or 0
+        )
+        yield of_tier(
+            gauge,
+            "fetch_latency_seconds",
+            "Measured time to the first byte of a fetch.",
+            lambda tier: tier.latency_s,
+        )
+        yield of_tier(
+            gauge, "read_bytes_per_second", "Measured bandwidth.", lambda tier: tier.read_bytes_per_s
+        )
+        yield of_tier(
+            gauge,
+            "crossover_tokens",
+            "Prefix length from which fetching beats computing; -1 is never.",
+            lambda tier: tier.crossover_tokens,
+        )
+        yield of_tier(counter, "hits", "Look-ups that found an object.", lambda tier: tier.hits)
+        yield of_tier(counter, "misses", "Look-ups that found none.", lambda tier: tier.misses)
+        yield of_tier(counter, "stored", "Objects stored.", lambda tier: tier.stored)
+        yield of_tier(counter, "stored_bytes", "Bytes stored.", lambda tier: tier.stored_bytes)
+        yield of_tier(counter, "fetched", "Objects fetched.", lambda tier: tier.fetched)
+        yield of_tier(counter, "fetched_bytes", "Bytes fetched.", lambda tier: tier.fetched_bytes)
+        yield of_tier(counter, "evicted", "Objects given up for others.", lambda tier: tier.evicted)
+        yield of_tier(counter, "expired", "Objects that outlived their lifetime.", lambda tier: tier.expired)
+        yield of_tier(counter, "quarantined", "Damaged objects put aside.", lambda tier: tier.quarantined)
+        yield of_tier(
+            counter, "refused_stores", "Objects that found no room.", lambda tier: tier.refused_stores
+        )
+        yield of_tier(counter, "store_failures", "Stores that failed.", lambda tier: tier.store_failures)
+        yield self._family(
+            CounterMetricFamily,
+            "cache_tier_fetch_failures",
+            "Fetches that failed, by kind; each cost a recompute.",
+            ["tier", "kind"],
+            [((tier.tier, kind), n) for tier in tiers for kind, n in sorted(tier.failures.items())],
+        )
+
+    def _of_prefetch(self, report: PrefetchReport) -> Iterator[Metric]:
+        yield self._family(
+            CounterMetricFamily,
+            "prefetch_blocks",
+            "Blocks fetched ahead, for waiting requests and returning sessions, by what became of them.",
+            ["purpose", "outcome"],
+            [
+                (("waiting", "fetched"), report.waiting_fetched),
+                (("waiting", "used"), report.waiting_used),
+                (("waiting", "late"), report.waiting_late),
+                (("waiting", "wasted"), report.waiting_wasted),
+                (("sessions", "fetched"), report.sessions_fetched),
+                (("sessions", "used"), report.sessions_used),
+                (("sessions", "late"), report.sessions_late),
+                (("sessions", "wasted"), report.sessions_wasted),
+            ],
+        )
+        yield self._counter("cache_restore_seconds", "Time that bringing blocks back took.", report.restore_s)
+        yield self._counter(
+            "cache_restore_hidden_seconds",
+            "The part of it that requests spent in the queue anyway.",
+            report.hidden_s,
+        )
+
+    def _family(
+        self,
+        family_type: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        labels: Sequence[str],
+        samples: Iterable[tuple[tuple[str, ...], float]],
+    ) -> Metric:
+        family = family_type(f"kvserve_{name}", text, labels=["model_name", *labels])
+        for values, value in samples:
+            family.add_metric([self._model_name, *values], value)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"kvserve_{name}", text, labels=["model_name"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,12 @@ from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from kvserve.v1 import cache_admin_pb2_grpc, generate_pb2_grpc
 from kvserve.v1 import generate_pb2 as pb
-from kvserve.v1 import generate_pb2_grpc
+from server.engine.admin_messages import AdminCall, AdminOp, AdminProgress, AdminResult, CacheEvents
 from server.engine.desk import Desk
 from server.engine.fake import fake_ready
-from server.engine.interface import Engine, EngineState
+from server.engine.interface import Engine, EngineState, ModelControl
 from server.engine.messages import Cancel, EngineReady, EngineStats, GenerateSpec, Submit, ToEngine
 from server.engine.streams import Event, EventStream
 from server.rpc.auth import ApiKey, Authenticator
@@ -44,6 +45,8 @@ class ScriptedEngine:
         self._ready = ready
         self.desk = Desk(self._send)
         self.submitted: list[Submit] = []
+        self.asked: list[AdminOp] = []
+        """Operations on the cache; none is ever answered."""
         self.cancelled: list[Cancel] = []
 
     @property
@@ -64,6 +67,15 @@ class ScriptedEngine:
     def submit(self, spec: GenerateSpec, *, deadline_s: float | None = None) -> EventStream:
         return self.desk.submit(spec, deadline_s)
 
+    async def administer(self, op: AdminOp) -> AdminResult:
+        return await self.desk.admin.administer(op)
+
+    def administer_with_progress(self, op: AdminOp) -> AsyncGenerator[AdminProgress | AdminResult]:
+        return self.desk.admin.administer_with_progress(op)
+
+    def watch(self) -> AsyncGenerator[CacheEvents]:
+        return self.desk.admin.watch()
+
     async def wait_state(self, state: EngineState) -> None:
         await self.desk.state.wait(state)
 
@@ -76,6 +88,8 @@ class ScriptedEngine:
             self.desk.streams.dispatch(list(self._script(message)))
         elif isinstance(message, Cancel):
             self.cancelled.append(message)
+        elif isinstance(message, AdminCall):
+            self.asked.append(message.op)
 
 
 @dataclass
@@ -90,6 +104,10 @@ class Server:
     @property
     def stub(self) -> Any:
         return generate_pb2_grpc.GenerateServiceStub(self.channel)
+
+    @property
+    def admin(self) -> Any:
+        return cache_admin_pb2_grpc.CacheAdminServiceStub(self.channel)
 
     @property
     def health(self) -> Any:
@@ -109,6 +127,7 @@ async def serving(
     write_timeout_s: float = 10.0,
     observers: Sequence[CallObserver] = (),
     started: bool = True,
+    model_control: ModelControl | None = None,
 ) -> AsyncIterator[Server]:
     """Run a front end around ``engine`` and connect to it."""
     if started:
@@ -123,6 +142,7 @@ async def serving(
         authenticator=Authenticator(keys),
         observer=metrics,
         call_observers=(metrics, *observers),
+        model_control=model_control,
     )
     port = await front_end.start()
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
