@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
+from kvserve._cache_aio import AsyncCache, AsyncModels
+from kvserve._cache_requests import CacheCalls
 from kvserve._calls import Call
 from kvserve._config import ClientOptions, resolve_config
 from kvserve._errors import DeadlineExceeded, MisuseError, Unavailable
@@ -119,11 +121,24 @@ class AsyncClient:
         self._target = config.target
         self._calls = CallFactory(config)
         self._transport = transport or AsyncGrpcTransport(config)
+        cache_calls = CacheCalls(self._calls)
+        self._cache = AsyncCache(cache_calls, self._transport)
+        self._models = AsyncModels(cache_calls, self._transport)
 
     @property
     def target(self) -> str:
         """Return where the server is."""
         return self._target
+
+    @property
+    def cache(self) -> AsyncCache:
+        """Return what sees and steers the server's cache."""
+        return self._cache
+
+    @property
+    def models(self) -> AsyncModels:
+        """Return what lists, loads and unloads the server's models."""
+        return self._models
 
     def generate(self, text: str | None = None, /, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
         """Prepare a stream of generated tokens; entering it starts the call. See ``GenerateOptions``.

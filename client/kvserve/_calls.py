@@ -9,16 +9,35 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from kvserve import _health
+from kvserve.v1 import cache_admin_pb2 as pb
 from kvserve.v1 import generate_pb2
 
 __all__ = [
+    "CLEAR_CACHE",
     "DETOKENIZE",
+    "EVICT_PREFIXES",
     "GENERATE",
     "GET_MODEL_INFO",
+    "GET_POLICY",
+    "GET_STATS",
     "HEALTH_CHECK",
     "HEALTH_WATCH",
+    "LIST_MODELS",
+    "LIST_PREFIXES",
+    "LOAD_MODEL",
+    "LOOKUP_PREFIX",
+    "PIN_PREFIX",
+    "RELEASE_PREFIX",
+    "RESTORE_SNAPSHOT",
+    "SAVE_SNAPSHOT",
+    "SET_LIFETIME",
+    "SET_POLICY",
     "STREAM_GENERATE",
     "TOKENIZE",
+    "UNLOAD_MODEL",
+    "UNPIN_PREFIX",
+    "WARM_PREFIX",
+    "WATCH_CACHE",
     "Call",
     "Method",
 ]
@@ -70,6 +89,63 @@ DETOKENIZE: Method[generate_pb2.DetokenizeRequest, generate_pb2.DetokenizeRespon
 )
 GET_MODEL_INFO: Method[generate_pb2.GetModelInfoRequest, generate_pb2.ModelInfo] = Method(
     _GENERATE_SERVICE + "GetModelInfo", generate_pb2.ModelInfo.FromString
+)
+
+_CACHE_ADMIN_SERVICE = "/kvserve.v1.CacheAdminService/"
+
+GET_STATS: Method[pb.GetStatsRequest, pb.GetStatsResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "GetStats", pb.GetStatsResponse.FromString
+)
+LIST_PREFIXES: Method[pb.ListPrefixesRequest, pb.ListPrefixesResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "ListPrefixes", pb.ListPrefixesResponse.FromString
+)
+LOOKUP_PREFIX: Method[pb.LookupPrefixRequest, pb.LookupPrefixResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "LookupPrefix", pb.LookupPrefixResponse.FromString
+)
+WARM_PREFIX: Method[pb.WarmPrefixRequest, pb.WarmPrefixProgress] = Method(
+    _CACHE_ADMIN_SERVICE + "WarmPrefix", pb.WarmPrefixProgress.FromString
+)
+PIN_PREFIX: Method[pb.PinPrefixRequest, pb.PinPrefixResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "PinPrefix", pb.PinPrefixResponse.FromString
+)
+UNPIN_PREFIX: Method[pb.UnpinPrefixRequest, pb.UnpinPrefixResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "UnpinPrefix", pb.UnpinPrefixResponse.FromString
+)
+SET_LIFETIME: Method[pb.SetLifetimeRequest, pb.SetLifetimeResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "SetLifetime", pb.SetLifetimeResponse.FromString
+)
+RELEASE_PREFIX: Method[pb.ReleasePrefixRequest, pb.ReleasePrefixResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "ReleasePrefix", pb.ReleasePrefixResponse.FromString
+)
+EVICT_PREFIXES: Method[pb.EvictPrefixesRequest, pb.EvictPrefixesResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "EvictPrefixes", pb.EvictPrefixesResponse.FromString
+)
+CLEAR_CACHE: Method[pb.ClearCacheRequest, pb.ClearCacheResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "ClearCache", pb.ClearCacheResponse.FromString
+)
+GET_POLICY: Method[pb.GetPolicyRequest, pb.GetPolicyResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "GetPolicy", pb.GetPolicyResponse.FromString
+)
+SET_POLICY: Method[pb.SetPolicyRequest, pb.GetPolicyResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "SetPolicy", pb.GetPolicyResponse.FromString
+)
+WATCH_CACHE: Method[pb.WatchCacheRequest, pb.CacheEvent] = Method(
+    _CACHE_ADMIN_SERVICE + "WatchCache", pb.CacheEvent.FromString
+)
+SAVE_SNAPSHOT: Method[pb.SaveSnapshotRequest, pb.SnapshotProgress] = Method(
+    _CACHE_ADMIN_SERVICE + "SaveSnapshot", pb.SnapshotProgress.FromString
+)
+RESTORE_SNAPSHOT: Method[pb.RestoreSnapshotRequest, pb.SnapshotProgress] = Method(
+    _CACHE_ADMIN_SERVICE + "RestoreSnapshot", pb.SnapshotProgress.FromString
+)
+LIST_MODELS: Method[pb.ListModelsRequest, pb.ListModelsResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "ListModels", pb.ListModelsResponse.FromString
+)
+LOAD_MODEL: Method[pb.LoadModelRequest, pb.LoadModelProgress] = Method(
+    _CACHE_ADMIN_SERVICE + "LoadModel", pb.LoadModelProgress.FromString
+)
+UNLOAD_MODEL: Method[pb.UnloadModelRequest, pb.UnloadModelResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "UnloadModel", pb.UnloadModelResponse.FromString
 )
 
 _HEALTH_SERVICE = "/grpc.health.v1.Health/"

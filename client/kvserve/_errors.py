@@ -6,9 +6,10 @@ Every error of a call is an ``Error``; the original gRPC error, where there is o
     |-- InvalidArgument         .violations: which field, and what is wrong with it
     |-- Unauthenticated         no API key, or not a valid one
     |-- PermissionDenied        a valid key that may not do this
-    |-- NotFound                no such model
-    |-- AlreadyExists           request_id is in use by a running call
-    |-- FailedPrecondition      well formed, but this server can never do it (a prompt larger than its memory)
+    |-- NotFound                no such model, prefix or snapshot
+    |-- AlreadyExists           request_id is in use by a running call, or a snapshot has this name
+    |-- FailedPrecondition      well formed, but not in this state: a prompt larger than the memory,
+    |                           a prefix or model in use (.reason tells which, for a program)
     |-- OutOfRange
     |-- DeadlineExceeded        timeout_s passed
     |-- Cancelled               cancelled by stream.cancel(), by leaving the block, or by the server
@@ -123,19 +124,23 @@ class PermissionDenied(Error):
 
 
 class NotFound(Error):
-    """The server has no such model."""
+    """The server has no such model, prefix or snapshot."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class AlreadyExists(Error):
-    """A running call of the same caller has this request id."""
+    """A running call of the same caller has this request id, or a snapshot has this name."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class FailedPrecondition(Error):
-    """The request is well formed, but this server can never serve it."""
+    """The request is well formed, but the server's state forbids it.
+
+    A prompt is larger than the server's memory; a prefix is held by running requests or by a hard pin; a
+    model still serves. ``reason`` tells which, where the server sent one. Nothing was changed.
+    """
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 

@@ -13,6 +13,7 @@ __all__ = [
     "DetokenizeOptions",
     "GenerateOptions",
     "Messages",
+    "TimeoutOptions",
     "TokenizeOptions",
     "check_options",
 ]
@@ -30,13 +31,18 @@ class ChatMessage:
 Messages = Sequence[ChatMessage | Mapping[str, str]]
 
 
-class CallOptions(TypedDict, total=False):
+class TimeoutOptions(TypedDict, total=False):
     """What every call takes."""
+
+    timeout_s: float | None
+    """Deadline of this call, its retries included. Default: the client's. None: no deadline."""
+
+
+class CallOptions(TimeoutOptions, total=False):
+    """What every call about one model takes."""
 
     model: str
     """Served model's name. Default: the server's only model."""
-    timeout_s: float | None
-    """Deadline of this call, its retries included. Default: the client's. None: no deadline."""
 
 
 class TokenizeOptions(CallOptions, total=False):

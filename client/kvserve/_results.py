@@ -15,6 +15,8 @@ __all__ = [
     "GenerateResult",
     "GenerateStart",
     "ModelInfo",
+    "Restore",
+    "RestoreDecision",
     "Sample",
     "Timings",
     "TokenLogprob",
@@ -115,11 +117,43 @@ class Usage:
     computed_prompt_tokens: int
     generated_tokens: int
     """Over all samples."""
+    restored_tokens: int = 0
+    """Brought back from host memory, disk or Redis for this call, as whole blocks."""
 
     @property
     def cached_tokens(self) -> int:
-        """Return all prompt tokens that were not computed for this call."""
-        return self.cached_block_tokens + self.cached_partial_tokens + self.cached_tail_tokens
+        """Return all prompt tokens that were not computed for this call, the restored ones among them."""
+        on_device = self.cached_block_tokens + self.cached_partial_tokens + self.cached_tail_tokens
+        return on_device + self.restored_tokens
+
+
+class RestoreDecision(StrEnum):
+    """What to do about the part of a prompt that is in a tier and not on the device."""
+
+    FETCH = "fetch"
+    RECOMPUTE = "recompute"
+    """Computing it again was expected to be faster."""
+    OTHER = "other"
+    """A decision that this version of the client doesn't know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """What became of the part of a prompt that was in a tier: host memory, disk or Redis."""
+
+    decision: RestoreDecision
+    tier: str
+    """The one that had most of it: "host", "disk" or "redis"."""
+    found_tokens: int
+    """What tiers said they had."""
+    restored_tokens: int
+    """What came in time."""
+    expected_fetch_s: float
+    expected_recompute_s: float
+    fetch_s: float
+    """From the first fetch to the last block in place."""
+    wait_s: float
+    """The part of it for which nothing else held the call up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +167,8 @@ class Timings:
     first_token_s: float
     decode_s: float
     total_s: float
+    restore: Restore | None = None
+    """None if no tier had any of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +296,26 @@ def usage_from_pb(message: common_pb2.Usage) -> Usage:
         cached_tail_tokens=message.cached_tail_tokens,
         computed_prompt_tokens=message.computed_prompt_tokens,
         generated_tokens=message.generated_tokens,
+        restored_tokens=message.restored_tokens,
+    )
+
+
+_RESTORE_DECISIONS: dict[int, RestoreDecision] = {
+    common_pb2.Restore.FETCH: RestoreDecision.FETCH,
+    common_pb2.Restore.RECOMPUTE: RestoreDecision.RECOMPUTE,
+}
+
+
+def _restore_from_pb(message: common_pb2.Restore) -> Restore:
+    return Restore(
+        decision=_RESTORE_DECISIONS.get(message.decision, RestoreDecision.OTHER),
+        tier=message.tier,
+        found_tokens=message.found_tokens,
+        restored_tokens=message.restored_tokens,
+        expected_fetch_s=message.expected_fetch_s,
+        expected_recompute_s=message.expected_recompute_s,
+        fetch_s=message.fetch_s,
+        wait_s=message.wait_s,
     )
 
 
@@ -273,6 +329,7 @@ def timings_from_pb(message: common_pb2.Timings) -> Timings:
         first_token_s=message.first_token_s,
         decode_s=message.decode_s,
         total_s=message.total_s,
+        restore=_restore_from_pb(message.restore) if message.HasField("restore") else None,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
+from kvserve._cache_requests import CacheCalls
+from kvserve._cache_sync import Cache, Models
 from kvserve._calls import Call
 from kvserve._config import ClientOptions, resolve_config
 from kvserve._errors import DeadlineExceeded, MisuseError, Unavailable
@@ -115,11 +117,24 @@ class Client:
         self._target = config.target
         self._calls = CallFactory(config)
         self._transport = transport or GrpcTransport(config)
+        cache_calls = CacheCalls(self._calls)
+        self._cache = Cache(cache_calls, self._transport)
+        self._models = Models(cache_calls, self._transport)
 
     @property
     def target(self) -> str:
         """Return where the server is."""
         return self._target
+
+    @property
+    def cache(self) -> Cache:
+        """Return what sees and steers the server's cache."""
+        return self._cache
+
+    @property
+    def models(self) -> Models:
+        """Return what lists, loads and unloads the server's models."""
+        return self._models
 
     def generate(self, text: str | None = None, /, **options: Unpack[GenerateOptions]) -> GenerateStream:
         """Prepare a stream of generated tokens; entering it starts the call. See ``GenerateOptions``.

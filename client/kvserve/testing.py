@@ -9,7 +9,14 @@ Give ``MockTransport`` a function from method name and protobuf request to what 
     with kvserve.Client(transport=MockTransport(handler)) as client: ...
 
 The function returns one message, or for a stream an iterable of messages; it raises ``kvserve.Error`` to
-refuse. An iterable may raise halfway.
+refuse. An iterable may raise halfway. Calls about the cache are answered in the same way::
+
+    def handler(method, request):
+        match method:
+            case "GetStats":
+                return cache_admin_pb2.GetStatsResponse(model="m")
+            case "WarmPrefix":
+                return [cache_admin_pb2.WarmPrefixProgress(num_tokens=8, done=True)]
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvserve.testing import events
-from kvserve.v1 import generate_pb2, generate_pb2_grpc
+from kvserve.v1 import cache_admin_pb2_grpc, generate_pb2, generate_pb2_grpc
+from tests.rpc.scripted_cache import ScriptedCache
 
 Context = Any  # grpc.aio.ServicerContext: generic in its type stubs only.
 StreamStory = Callable[[generate_pb2.GenerateRequest, Context], AsyncIterator[generate_pb2.GenerateEvent]]
@@ -90,10 +91,11 @@ class ScriptedServicer(generate_pb2_grpc.GenerateServiceServicer):
 
 
 class ScriptedServer:
-    """The servicer, where it listens, and its health."""
+    """The servicers, where they listen, and their health."""
 
     def __init__(self, servicer: ScriptedServicer, health_servicer: health.aio.HealthServicer) -> None:
         self.servicer = servicer
+        self.cache = ScriptedCache()
         self._health = health_servicer
         self.target = ""
 
@@ -110,6 +112,7 @@ async def scripted_server(*, port: int = 0) -> AsyncIterator[ScriptedServer]:
     scripted = ScriptedServer(ScriptedServicer(), health.aio.HealthServicer())
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     generate_pb2_grpc.add_GenerateServiceServicer_to_server(scripted.servicer, server)
+    cache_admin_pb2_grpc.add_CacheAdminServiceServicer_to_server(scripted.cache, server)
     health_pb2_grpc.add_HealthServicer_to_server(scripted._health, server)
     scripted.target = f"localhost:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     await server.start()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvserve.v1 import common_pb2
 from kvserve.v1 import generate_pb2 as pb
 from server.engine.fake import FakeEngine
 from server.engine.messages import (
@@ -13,6 +14,7 @@ from server.engine.messages import (
     Finished,
     RequestTimings,
     RequestUsage,
+    RestoreReport,
     Submit,
     Tokens,
 )
@@ -245,3 +247,37 @@ async def test_metrics_count_what_was_served() -> None:
         assert server.sample("kvserve_rpc_calls_total", {"method": "Generate", "code": "OK"}) == 1
         assert server.sample("kvserve_engine_up", labels) == 1
         assert server.sample("kvserve_generation_tokens_total", labels) == 8
+
+
+async def test_what_tiers_gave_is_told_in_usage_and_timings() -> None:
+    usage = RequestUsage(3, 0, 0, 0, 1, 1, restored_tokens=2)
+    report = RestoreReport(
+        decision="fetch",
+        tier="disk",
+        found_tokens=3,
+        restored_tokens=2,
+        expected_fetch_s=0.125,
+        expected_recompute_s=0.5,
+        fetch_s=0.25,
+        wait_s=0.0625,
+    )
+
+    def script(submit: Submit) -> list[Event]:
+        timings = RequestTimings(queue_s=0.0, lookup_s=0.0, prefill_s=0.0, decode_s=0.0, restore=report)
+        return [
+            Admitted(submit.key, 2),
+            Tokens(submit.key, 0, [61], finish=Finish.LENGTH),
+            Finished(submit.key, usage, timings),
+        ]
+
+    async with serving(ScriptedEngine(script)) as server:
+        answer = await server.stub.Generate(request())
+    assert answer.usage.restored_tokens == 2
+    restore = answer.timings.restore
+    assert restore.decision == common_pb2.Restore.FETCH
+    assert (restore.tier, restore.found_tokens, restore.restored_tokens) == ("disk", 3, 2)
+    assert (restore.expected_fetch_s, restore.expected_recompute_s) == (0.125, 0.5)
+    assert (restore.fetch_s, restore.wait_s) == (0.25, 0.0625)
+    async with serving(ScriptedEngine(draws([61]))) as server:
+        answer = await server.stub.Generate(request())
+    assert not answer.timings.HasField("restore")

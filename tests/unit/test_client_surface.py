@@ -12,20 +12,33 @@ import pytest
 import kvserve
 from kvserve import _calls, testing
 from kvserve._errors import _BY_CODE
-from kvserve.v1 import generate_pb2
+from kvserve.v1 import cache_admin_pb2, generate_pb2
 
 PUBLIC = [
     "Aborted",
     "AlreadyExists",
+    "AsyncCache",
+    "AsyncCacheWatch",
     "AsyncClient",
     "AsyncGenerateStream",
+    "AsyncModels",
+    "AsyncProgress",
+    "Cache",
+    "CacheEvent",
+    "CacheEventKind",
+    "CacheReport",
+    "CacheStats",
+    "CacheWatch",
+    "CanaryInfo",
     "Cancelled",
     "ChatMessage",
     "Client",
     "ClientOptions",
     "DataLoss",
     "DeadlineExceeded",
+    "Divergence",
     "Error",
+    "EvictResult",
     "FailedPrecondition",
     "FieldViolation",
     "FinishReason",
@@ -37,25 +50,49 @@ PUBLIC = [
     "HealthStatus",
     "Internal",
     "InvalidArgument",
+    "LifetimeResult",
+    "LoadProgress",
     "MisuseError",
     "ModelInfo",
+    "ModelState",
+    "ModelStatus",
+    "Models",
+    "NamespaceStats",
     "NotFound",
     "OutOfRange",
     "PermissionDenied",
+    "PinKind",
+    "PinResult",
+    "PinStats",
+    "PolicyInfo",
+    "PolicyReport",
+    "PrefetchCounts",
+    "PrefetchStats",
+    "PrefixId",
+    "PrefixInfo",
+    "PrefixLookup",
+    "Progress",
     "ResourceExhausted",
+    "Restore",
+    "RestoreDecision",
     "RetryPolicy",
     "Retryable",
     "Sample",
+    "SnapshotProgress",
+    "TierBlocks",
+    "TierStats",
     "Timings",
     "Tls",
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",
+    "TrialResult",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "Unknown",
     "Usage",
+    "WarmProgress",
     "__version__",
 ]
 
@@ -85,13 +122,17 @@ def test_both_clients_have_the_same_methods_and_arguments():
     for asynchronous, blocking in (
         (kvserve.AsyncClient, kvserve.Client),
         (kvserve.AsyncGenerateStream, kvserve.GenerateStream),
+        (kvserve.AsyncCache, kvserve.Cache),
+        (kvserve.AsyncCacheWatch, kvserve.CacheWatch),
+        (kvserve.AsyncModels, kvserve.Models),
+        (kvserve.AsyncProgress, kvserve.Progress),
     ):
 
         def methods(cls):
             return {
                 renamed.get(name, name): list(inspect.signature(value).parameters)
                 for name, value in vars(cls).items()
-                if inspect.isfunction(value)
+                if inspect.isfunction(value) and name != "__await__"
             }
 
         assert methods(asynchronous) == methods(blocking)
@@ -108,14 +149,21 @@ def test_generation_arguments_cover_the_contract():
 
 
 def test_methods_are_those_of_the_contract():
-    service = generate_pb2.DESCRIPTOR.services_by_name["GenerateService"]
-    paths = {f"/{service.full_name}/{method.name}" for method in service.methods}
     known = {value.path for value in vars(_calls).values() if isinstance(value, _calls.Method)}
-    assert paths == {path for path in known if "Generate" in path}
+    paths = {
+        f"/{service.full_name}/{method.name}"
+        for file in (generate_pb2.DESCRIPTOR, cache_admin_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert paths == {path for path in known if path.startswith("/kvserve.v1.")}
 
 
 def test_importing_the_client_loads_neither_torch_nor_telemetry_sdk():
-    program = "import kvserve, sys; print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
+    program = (
+        "import kvserve, kvserve._cli, sys;"
+        " print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
+    )
     out = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
+from kvserve._cli.units import seconds
 from kvserve._options import GenerateOptions
 
 __all__ = ["add_sampling_options", "sampling_options"]
 
-_OPTIONS: dict[str, tuple[type[int | float | str], str, str]] = {
+_OPTIONS: dict[str, tuple[Callable[[str], int | float | str], str, str]] = {
     "max_new_tokens": (int, "N", "at most so many tokens (default: 128)"),
     "temperature": (float, "T", "0 is greedy (default: 0)"),
     "top_k": (int, "K", "draw from the K likeliest tokens"),
@@ -16,7 +18,7 @@ _OPTIONS: dict[str, tuple[type[int | float | str], str, str]] = {
     "min_p": (float, "P", "leave out tokens less likely than P times the likeliest"),
     "repetition_penalty": (float, "X", "above 1: discourage tokens that occurred"),
     "seed": (int, "SEED", "same seed, same tokens"),
-    "lifetime_s": (float, "SECONDS", "how long what this leaves in the cache may be reused"),
+    "lifetime_s": (seconds, "TIME", "how long what this leaves in the cache may be reused: 90s, 10m, 2h"),
     "priority": (int, "N", "higher is served earlier, -100 to 100"),
     "model": (str, "NAME", "which of the served models"),
 }

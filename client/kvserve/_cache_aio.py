@@ -1,0 +1,312 @@
+"""The cache and the models of a server, for asyncio: ``client.cache`` and ``client.models``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from types import TracebackType
+from typing import Any, Generic, Self, Unpack
+
+from kvserve._cache_convert import (
+    evict_result_from_pb,
+    lifetime_result_from_pb,
+    load_progress_from_pb,
+    lookup_from_pb,
+    model_status_from_pb,
+    pin_result_from_pb,
+    policy_report_from_pb,
+    prefix_info_from_pb,
+    report_from_pb,
+    snapshot_progress_from_pb,
+    warm_progress_from_pb,
+)
+from kvserve._cache_options import (
+    ClearOptions,
+    EvictOptions,
+    PinName,
+    Prefix,
+    PrefixFilter,
+    PrefixOptions,
+    SaveOptions,
+    WarmOptions,
+)
+from kvserve._cache_reports import CacheReport
+from kvserve._cache_requests import CacheCalls
+from kvserve._cache_results import (
+    CacheEvent,
+    CacheEventKind,
+    EvictResult,
+    LifetimeResult,
+    LoadProgress,
+    ModelStatus,
+    PinKind,
+    PinResult,
+    PolicyReport,
+    PrefixInfo,
+    PrefixLookup,
+    SnapshotProgress,
+    WarmProgress,
+)
+from kvserve._cache_streams import ProgressState, Step, WatchState
+from kvserve._calls import Call
+from kvserve._errors import MisuseError
+from kvserve._options import CallOptions, TimeoutOptions
+from kvserve._transport import AsyncResponses, AsyncTransport
+from kvserve.v1 import cache_admin_pb2 as pb
+
+__all__ = ["AsyncCache", "AsyncCacheWatch", "AsyncModels", "AsyncProgress"]
+
+
+class AsyncProgress(ProgressState[Step], Generic[Step]):
+    """Work that takes its time: await it for the result, or follow it step by step.
+
+    ``result = await client.cache.warm(...)``, or ``async with client.cache.warm(...) as steps`` and
+    ``async for step in steps``. Leaving the block before the end ends the call, and so the work.
+    """
+
+    def __init__(
+        self, call: Call[Any, Any], convert: Callable[[Any], Step], transport: AsyncTransport
+    ) -> None:
+        super().__init__(call, convert)
+        self._transport = transport
+        self._responses: AsyncResponses[Any] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._responses is not None:
+            raise MisuseError("this work was started already; call the method again")
+        self._responses = self._transport.stream(self._call)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Step]:
+        """Iterate over the steps. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
+        if self._responses is None:
+            raise MisuseError("open it first: async with client.cache.warm(...) as steps; or await it")
+        return self._steps(self._responses)
+
+    async def _steps(self, responses: AsyncResponses[Any]) -> AsyncIterator[Step]:
+        try:
+            while (message := await responses.read()) is not None:
+                yield self._add(message)
+            self._check_complete()
+        finally:
+            responses.cancel()
+
+    async def wait(self) -> Step:
+        """Wait for the end and return the result; starts the work if its block was not entered.
+
+        Cancelling the task outside a block ends the work.
+        """
+        if self._responses is None:
+            async with self:
+                return await self.wait()
+        if not self.is_finished:
+            async for _ in self:
+                pass
+        return self.result
+
+    def __await__(self) -> Generator[Any, None, Step]:
+        return self.wait().__await__()
+
+    def cancel(self) -> None:
+        """End the call. Idempotent, never blocks, harmless after the end."""
+        if self._responses is not None:
+            self._responses.cancel()
+
+
+class AsyncCacheWatch(WatchState):
+    """What happens to the cache from now on; made by ``client.cache.watch``.
+
+    Use it as ``async with ... as events`` and ``async for event in events``. Leaving the block ends the call.
+    ``Unavailable`` says that the server or the connection went: what was seen so far may be out of date.
+    """
+
+    def __init__(self, call: Call[pb.WatchCacheRequest, pb.CacheEvent], transport: AsyncTransport) -> None:
+        super().__init__(call)
+        self._transport = transport
+        self._responses: AsyncResponses[pb.CacheEvent] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._responses is not None:
+            raise MisuseError("a watch can be entered only once; call watch() again")
+        self._responses = self._transport.stream(self._call)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[CacheEvent]:
+        """Iterate over the events. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
+        if self._responses is None:
+            raise MisuseError("open the watch first: async with client.cache.watch() as events")
+        return self._events(self._responses)
+
+    async def _events(self, responses: AsyncResponses[pb.CacheEvent]) -> AsyncIterator[CacheEvent]:
+        try:
+            while (message := await responses.read()) is not None:
+                for event in self._add(message):
+                    yield event
+        finally:
+            responses.cancel()
+
+    def cancel(self) -> None:
+        """End the call. Idempotent, never blocks, harmless after the end."""
+        if self._responses is not None:
+            self._responses.cancel()
+
+
+class AsyncCache:
+    """Sees and steers the cache; it is ``client.cache``. Needs a key with the scope "admin" where keys are.
+
+    A prefix is named by text, token ids, messages, or a ``PrefixId`` from a result. All methods take
+    ``model=`` and ``timeout_s=``, and raise ``kvserve.Error``; ValueError or TypeError for arguments that
+    make no sense to any server.
+    """
+
+    def __init__(self, calls: CacheCalls, transport: AsyncTransport) -> None:
+        self._calls = calls
+        self._transport = transport
+
+    async def stats(self, namespace: str | None = None, **options: Unpack[CallOptions]) -> CacheReport:
+        """Say how the cache does: in total, by namespace (all, or the one given) and by tier."""
+        return report_from_pb(await self._transport.unary(self._calls.stats(namespace, options)))
+
+    def prefixes(self, **options: Unpack[PrefixFilter]) -> AsyncIterator[PrefixInfo]:
+        """Iterate over cached prefixes, the most valuable first. See ``PrefixFilter``.
+
+        Pages are fetched as they are needed; what changes between two of them may be missed or come twice.
+        """
+        return self._prefixes(self._calls.prefixes(options), options)
+
+    async def _prefixes(
+        self, call: Call[pb.ListPrefixesRequest, pb.ListPrefixesResponse], options: PrefixFilter
+    ) -> AsyncIterator[PrefixInfo]:
+        while True:
+            page = await self._transport.unary(call)
+            for message in page.prefixes:
+                yield prefix_info_from_pb(message)
+            if not page.next_page_token:
+                return
+            call = self._calls.prefixes(options, page_token=page.next_page_token)
+
+    async def lookup(self, prefix: Prefix, **options: Unpack[PrefixOptions]) -> PrefixLookup:
+        """Say how much of a prompt is cached, and where. Touches no recency."""
+        return lookup_from_pb(await self._transport.unary(self._calls.lookup(prefix, options)))
+
+    def warm(self, prefix: Prefix, **options: Unpack[WarmOptions]) -> AsyncProgress[WarmProgress]:
+        """Compute a prefix ahead of its use: await it, or follow it. See ``WarmOptions``."""
+        return AsyncProgress(self._calls.warm(prefix, options), warm_progress_from_pb, self._transport)
+
+    async def pin(
+        self,
+        prefix: Prefix,
+        kind: PinName = PinKind.SOFT,
+        lifetime_s: float | None = None,
+        **options: Unpack[PrefixOptions],
+    ) -> PinResult:
+        """Hold a cached prefix: "soft" is evicted last, "hard" never. No lifetime: until unpinned."""
+        call = self._calls.pin(prefix, kind, lifetime_s, options)
+        return pin_result_from_pb(await self._transport.unary(call))
+
+    async def unpin(self, prefix: Prefix, **options: Unpack[PrefixOptions]) -> bool:
+        """End a pin. Return whether there was one."""
+        return (await self._transport.unary(self._calls.unpin(prefix, options))).was_pinned
+
+    async def set_lifetime(
+        self, prefix: Prefix, lifetime_s: float | None, **options: Unpack[PrefixOptions]
+    ) -> LifetimeResult:
+        """Let a prefix expire so long from now, in tiers too; None: it has no end."""
+        call = self._calls.set_lifetime(prefix, lifetime_s, options)
+        return lifetime_result_from_pb(await self._transport.unary(call))
+
+    async def release(self, prefix: Prefix, **options: Unpack[PrefixOptions]) -> int:
+        """Say that a prefix is not needed any more: it goes first. Return how many blocks that concerns."""
+        return (await self._transport.unary(self._calls.release(prefix, options))).num_blocks
+
+    async def evict(self, prefix: Prefix | None = None, **options: Unpack[EvictOptions]) -> EvictResult:
+        """Evict a prefix and all that continues it, or a namespace, or what is idle. See ``EvictOptions``.
+
+        Never takes a block from a running request: raises ``FailedPrecondition``, and changes nothing, if
+        one holds any of it; with ``in_use="skip"`` leaves those.
+        """
+        answer = await self._transport.unary(self._calls.evict(prefix, options))
+        return evict_result_from_pb(answer)
+
+    async def clear(self, **options: Unpack[ClearOptions]) -> EvictResult:
+        """Evict everything, by the rules of ``evict``."""
+        answer = await self._transport.unary(self._calls.clear(options))
+        return evict_result_from_pb(answer)
+
+    async def policy(self, **options: Unpack[CallOptions]) -> PolicyReport:
+        """Say what decides on evictions, and how others would do on the same traffic."""
+        return policy_report_from_pb(await self._transport.unary(self._calls.policy(options)))
+
+    async def set_policy(
+        self,
+        policy: str | None = None,
+        *,
+        trial: Iterable[str] | None = None,
+        canary: tuple[str, float] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> PolicyReport:
+        """Change the policy, those that run in its shadow, or the canary; None leaves each as it is.
+
+        ``trial=[]`` ends all trials. ``canary`` is a policy and the share of namespaces that it gets, at most
+        a half; a share of 0 ends it. Nothing is evicted by the change itself.
+        """
+        call = self._calls.set_policy(policy, trial, canary, options)
+        return policy_report_from_pb(await self._transport.unary(call))
+
+    def watch(
+        self,
+        namespace: str | None = None,
+        kinds: Iterable[CacheEventKind | str] = (),
+        **options: Unpack[CallOptions],
+    ) -> AsyncCacheWatch:
+        """Prepare to follow what happens to the cache; no kinds: all. Has no deadline unless given here."""
+        return AsyncCacheWatch(self._calls.watch(namespace, kinds, options), self._transport)
+
+    def save_snapshot(self, name: str, **options: Unpack[SaveOptions]) -> AsyncProgress[SnapshotProgress]:
+        """Write cached prefixes to the server's disk: await it, or follow it. See ``SaveOptions``."""
+        call = self._calls.save_snapshot(name, options)
+        return AsyncProgress(call, snapshot_progress_from_pb, self._transport)
+
+    def restore_snapshot(self, name: str, **options: Unpack[CallOptions]) -> AsyncProgress[SnapshotProgress]:
+        """Read a snapshot back: await it, or follow it."""
+        call = self._calls.restore_snapshot(name, options)
+        return AsyncProgress(call, snapshot_progress_from_pb, self._transport)
+
+
+class AsyncModels:
+    """The models that the server was started with; it is ``client.models``."""
+
+    def __init__(self, calls: CacheCalls, transport: AsyncTransport) -> None:
+        self._calls = calls
+        self._transport = transport
+
+    async def list(self, **options: Unpack[TimeoutOptions]) -> tuple[ModelStatus, ...]:
+        """Describe them all, loaded or not."""
+        answer = await self._transport.unary(self._calls.list_models(options))
+        return tuple(map(model_status_from_pb, answer.models))
+
+    def load(self, name: str, **options: Unpack[TimeoutOptions]) -> AsyncProgress[LoadProgress]:
+        """Load one of them: await it, or follow it."""
+        return AsyncProgress(self._calls.load_model(name, options), load_progress_from_pb, self._transport)
+
+    async def unload(
+        self, name: str, drain_s: float | None = None, **options: Unpack[TimeoutOptions]
+    ) -> ModelStatus:
+        """Unload one. ``FailedPrecondition`` while requests run, unless ``drain_s`` lets them end first."""
+        answer = await self._transport.unary(self._calls.unload_model(name, drain_s, options))
+        return model_status_from_pb(answer.status)
