@@ -25,7 +25,7 @@ from kvcore.spaces import Space
 from kvcore.tails import TailStore
 from kvcore.tree import PrefixTree, num_common_tokens
 
-__all__ = ["CacheControl", "Located", "own_run"]
+__all__ = ["CacheControl", "Located", "own_run", "with_what_leads_only_there"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +254,22 @@ class CacheControl:
         children = [n for n in node.open_children if n.pin is not None or not n.is_busy]
         children += [n for n in node.children.values() if n.state is NodeState.READY]
         return [n for n in children if n.owner is None and n.packed and not n.is_expired(now)]
+
+
+def with_what_leads_only_there(nodes: Sequence[Node]) -> list[Node]:
+    """Return the highest nodes below which there is nothing but ``nodes`` and what continues them.
+
+    Goes up from siblings past blocks that lead nowhere else, up to a branch, a pin's end, or the end of a
+    shorter prompt whose last logits are kept.
+    """
+    tops = list(nodes)
+    while tops:
+        above = tops[0].real_parent()
+        is_needed = above.is_root or above.pin is not None or above.tails or above.num_children != len(tops)
+        if is_needed or any(node.parent is not above for node in tops):
+            break
+        tops = [above]
+    return tops
 
 
 def own_run(node: Node) -> list[Node]:

@@ -49,7 +49,9 @@ TREE = (
 """The modules that know what is cached where."""
 
 CONTRACTS = (
+    "server.engine.admin_answers",
     "server.engine.admin_messages",
+    "server.engine.admin_ops",
     "server.engine.errors",
     "server.engine.messages",
     "server.engine.interface",

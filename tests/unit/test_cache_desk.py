@@ -423,16 +423,26 @@ def test_evicting_by_namespace_and_by_age():
     assert office.refused(EvictPrefixes(namespace="f" * 16)).kind is AdminErrorKind.NOT_FOUND
 
 
+def test_an_evicted_prefix_takes_along_what_leads_nowhere_else():
+    office = Office()
+    office.compute([*A, *B, *C])
+    assert office.ask(EvictPrefixes(subtree=ref(A, B, C))) == Evicted(3, 0, 0)
+    office.compute([*A, *B])
+    office.compute([*A, *C])
+    assert office.ask(EvictPrefixes(subtree=ref(A, B))) == Evicted(1, 0, 0), "the other branch needs the first"
+
+
 def test_eviction_reaches_tiers_unless_told_otherwise():
     shelf = Shelf()
     office = Office(tiers=shelf)
     office.compute([*A, *B])
+    office.compute([*A, *C])
     shelf.has = {digest_of(office.node(A)): "disk", digest_of(office.node([*A, *B])): "disk"}
     assert office.ask(EvictPrefixes(subtree=ref(A, B), tiers=False)) == Evicted(1, 0, 0)
     assert len(shelf.has) == 2
     assert office.ask(EvictPrefixes(subtree=ref(A, B))) == Evicted(0, 0, 1)  # it was on the disk alone
     assert office.refused(EvictPrefixes(subtree=ref(A, B))).kind is AdminErrorKind.NOT_FOUND
-    assert office.ask(ClearCache()) == Evicted(1, 0, 1)
+    assert office.ask(ClearCache()) == Evicted(2, 0, 1)
 
 
 # -- policies ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from kvcore.control import with_what_leads_only_there
 from kvcore.errors import OverBudget
 from kvcore.index import digest_of
 from kvcore.keys import PrefixDigest, chain_digests
@@ -94,6 +95,7 @@ def evict_prefixes(context: OperationContext, op: EvictPrefixes) -> Operation:
             below = (yield from resolve(context, op.subtree, "subtree")).ends
             if not below:
                 raise OperationRefused(AdminErrorKind.NOT_FOUND, "this prefix is not cached", "subtree")
+            below = with_what_leads_only_there(below)
         except OperationRefused as refused:
             if refused.refusal.kind is not AdminErrorKind.NOT_FOUND or not op.tiers:
                 raise
