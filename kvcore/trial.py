@@ -54,7 +54,7 @@ class TrialResult:
     sampled_share: float
     """Of the prefix families."""
     num_skipped: int
-    """Sampled requests that the budget had no room for."""
+    """Requests that the budget had no room for."""
     cost_share: float
     """Of the steps' time that the whole trial, all policies together, has taken."""
 
@@ -119,6 +119,9 @@ class Trial:
 
         Cheap if it is not in the sample. Otherwise it waits until a step's budget has room for it.
         """
+        if len(self._waiting) >= MAX_WAITING and self.spent_s > self.steps_s * self._max_share:
+            self.num_skipped += 1  # no time even to see whether it is in the sample
+            return
         began = self._timer()
         size = self._entry_tokens
         first = hash((namespace, tokens[:size].tobytes()))

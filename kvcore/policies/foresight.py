@@ -27,16 +27,18 @@ MAX_GHOSTS = 131_072
 GHOSTS_PER_BLOCK = 8
 """Records kept for each block of capacity."""
 
+MAX_ROOTS = 65_536
+
 DUEL_ENTRIES = 3000
 """A duel needs no larger caches. Beyond, an entry stands for several blocks, up to so many tokens, ..."""
 DUEL_ENTRY_TOKENS = 512
 """... and beyond that, a share of the prefix families stands for all."""
 DUEL_FADE = 0.999
 """What a lead is worth one request later."""
-LEAD_TO_BEGIN, REQUESTS_TO_BEGIN = 0.04, 3.0
+LEAD_TO_BEGIN, REQUESTS_TO_BEGIN = 0.04, 5.0
 """The lead at which the model is followed, as a share of the duel's capacity, or in mean requests: the
 larger of the two counts."""
-LOSS_TO_END, FALL_TO_END = 0.5, 1.0
+LOSS_TO_END, FALL_TO_END = 1.0, 1.0
 """It is followed no longer when it has lost so much of that lead since, or has fallen so far (in
 capacities, or by half) from its best."""
 MAX_CAUTION = 64.0
@@ -57,24 +59,37 @@ class ForesightPolicy(EvictionPolicy):
         self.model = ReuseModel(max_records=max_records, block_tokens=block_tokens)
         self.duel = Duel(self.model, capacity_blocks=capacity_blocks, block_tokens=block_tokens)
         self._num_fits = 0
+        self._root_numbers: dict[int, int] = {}
 
     def closed(self, path: Sequence[Entry], num_tokens: int, num_output_tokens: int, now: float) -> None:
         if not path:
             return
         digests = []
-        digest = hash(path[0].parent.serial)
+        digest = self._number_of(path[0].parent)
+        num_found = 0
         for entry in path:
             mark = entry.mark
-            digest = mark.digest if type(mark) is Record else digest_of(entry, digest)
+            if type(mark) is Record:  # it has ended a request before: this one has found it
+                digest = mark.digest
+                num_found += 1
+            else:
+                digest = digest_of(entry, digest)
             digests.append(digest)
         records = self.model.learn(digests, num_tokens, num_output_tokens, now)
         for entry, record in zip(path, records, strict=True):
             entry.mark = record
         was_ahead = self.duel.is_model_ahead
-        self.duel.replay(records)
+        self.duel.replay(records, num_found)
         if self.duel.is_model_ahead is not was_ahead or self.model.num_fits != self._num_fits:
             self._num_fits = self.model.num_fits
             self.epoch += 1
+
+    def _number_of(self, root: Entry) -> int:
+        """Return a number for a namespace: not its serial, so that two runs of one trace agree."""
+        numbers = self._root_numbers
+        if len(numbers) >= MAX_ROOTS:
+            numbers.clear()
+        return numbers.setdefault(root.serial, len(numbers))
 
     def group_of(self, entry: Entry) -> int:
         mark = entry.mark
@@ -133,30 +148,33 @@ class Duel:
         self._mean_blocks = 0.0
         """Of a request, of late."""
         self._gain = self._best_gain = 0.0
-        """What the model has hit more since it is followed, and the most that this ever was."""
+        """What the real cache has hit more than LRU since the model is followed; the most that this was."""
         self.lead = 0.0
         """By how many blocks the model has hit more than LRU, the past fading."""
         self.is_model_ahead = False
 
-    def replay(self, records: list[Record]) -> None:
-        """Let both sides serve a request, if its prefix family is in the sample."""
+    def replay(self, records: list[Record], num_found: int) -> None:
+        """Let both sides serve a request that found so many blocks in the real cache, if it is sampled."""
         if records[0].digest % self._one_in:
             return
         now, sample = self._model.now, records[self._stride - 1 :: self._stride]
         ours = self._ours.request(0, sample, now, num_tokens=0)
         theirs = self._lru.request(0, sample, now, num_tokens=0)
         self._mean_blocks += (len(sample) - self._mean_blocks) * 0.01
-        self._judge(ours - theirs)
+        self._judge(ours - theirs, num_found // self._stride - theirs)
 
-    def _judge(self, margin: int) -> None:
-        """Choose who is followed, after a request of which the model hit ``margin`` blocks more."""
+    def _judge(self, margin: int, real_margin: int) -> None:
+        """Choose who is followed, after a request of which the model hit ``margin`` more entries than LRU.
+
+        It begins to be followed by what its ghost hits, and goes on by what the real cache hits.
+        """
         self.lead = self.lead * DUEL_FADE + margin
         enough = max(LEAD_TO_BEGIN * self._size, REQUESTS_TO_BEGIN * self._mean_blocks)
         if not self.is_model_ahead:
             if self.lead > enough * self._caution:
                 self.is_model_ahead, self._gain, self._best_gain = True, 0.0, 0.0
             return
-        self._gain += margin
+        self._gain += real_margin
         self._best_gain = max(self._best_gain, self._gain)
         if self._gain > self._size:
             self._caution = 1.0

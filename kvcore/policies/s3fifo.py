@@ -1,6 +1,6 @@
 """S3-FIFO (Yang et al., SOSP 2023), made for trees.
 
-A small queue takes what is new, the main one what was used again while it was in the small one, or came
+A small queue takes what is new, the main one what was used twice while it was in the small one, or came
 back soon after (its digest is still among the ghosts). Both are first in, first out; what was used since
 gets another round instead of going.
 """
@@ -15,6 +15,8 @@ __all__ = ["S3FifoPolicy"]
 
 SMALL_SHARE = 0.1
 MAX_CREDIT = 3
+USES_TO_STAY = 2
+"""Uses in the small queue that lead to the main one."""
 SMALL, MAIN = 0, 1
 
 
@@ -74,7 +76,7 @@ class S3FifoPolicy(EvictionPolicy):
 
     def gets_another_round(self, entry: Entry) -> bool:
         mark = self._mark(entry)
-        if not mark.credit:
+        if mark.credit < (USES_TO_STAY if mark.queue == SMALL else 1):
             return False
         self._position += 1
         mark.position = self._position
