@@ -8,6 +8,10 @@
     for each shape:                our server and the peer's process stand side by side, one works at a time
         repeats, identical prompts, decode of one sequence
         peer's best settings ──► workloads, order alternating
+    for each shape:                our server alone, started anew for each of
+        restore against recompute, each tier and codec
+        restart, prefetch, trial of policies
+    recorded traces (--trace, --sessions)   no server
 
 Writes ``bench.json`` and ``bench.md``. An experiment that cannot be run is named in the report and the others
 go on; the exit status says how many could not.
@@ -16,6 +20,8 @@ go on; the exit status says how many could not.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import signal
 import sys
 import tempfile
@@ -25,6 +31,7 @@ from pathlib import Path
 
 import msgspec
 
+import kvserve
 from loadgen.experiments.core import measure_core
 from loadgen.experiments.figures import Figure, Report, markdown_lines
 from loadgen.experiments.front_end import measure_front_end
@@ -38,16 +45,25 @@ from loadgen.experiments.plan import (
     continuous_candidates,
     generate_candidates,
 )
+from loadgen.experiments.policies import measure_policies
+from loadgen.experiments.prefetch import measure_prefetch, replay_sessions
 from loadgen.experiments.processes import ProcessFailed, Server, run_json, serve
 from loadgen.experiments.repeats import measure_cold_prompts, measure_repeats
+from loadgen.experiments.restart import measure_restart
 from loadgen.experiments.shapes import SHAPES, ModelShape, write_model_folder
 from loadgen.experiments.single_sequence import measure_decode
 from loadgen.experiments.throughput import WORKLOADS, Peer, calibrate, compare
+from loadgen.experiments.tier_places import PLACES, ExperimentSkipped
+from loadgen.experiments.tiers import Prefixes, compute_prefixes, measure_tier
+from loadgen.experiments.trial import measure_trial
 
 __all__ = ["Bench", "main"]
 
 BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "server" / "worker" / "builtin"
 """Whose tokenizer the random models borrow: prompts are token ids, but a server wants a tokenizer."""
+
+LONG_MODEL_LENGTH = 8192
+"""So that a prefix of 4,096 tokens has room for a question."""
 
 Outcome = tuple[list[Figure], dict[str, object]]
 
@@ -73,11 +89,17 @@ class Bench:
         before, started = load_average(), time.monotonic()
         try:
             figures, details = experiment()
-        except (ProcessFailed, msgspec.DecodeError, OSError) as failure:
+        except ExperimentSkipped as reason:
+            self.report.skipped.append(f"{name}: {reason}")
+            print(f"    left out: {reason}", flush=True)
+            return
+        except (ProcessFailed, kvserve.Error, msgspec.DecodeError, OSError) as failure:
             self.report.problems.append(f"{name}: {failure}")
             print(f"    not measured: {failure}", flush=True)
             return
         self.report.figures += figures
+        if isinstance(table := details.pop("markdown", None), str):
+            self.report.tables[name] = table
         self.report.details[name] = details | {
             "load_before": before,
             "load_after": load_average(),
@@ -202,6 +224,101 @@ class Bench:
                 ),
             )
 
+    def run_shape_alone(self, shape: ModelShape, *, only: set[str]) -> None:
+        """Measure what needs servers of its own: tiers, restarts, prefetch, trials."""
+        plan = self._plan
+        shape = dataclasses.replace(shape, max_model_length=LONG_MODEL_LENGTH)
+        folder = self._folder / f"{shape.name}-alone"
+        model = write_model_folder(shape, folder / "model", tokenizer_from=BUILTIN_FOLDER)
+        arguments = ["--random-weights", "--dtype", "bfloat16", *self._server_arguments]
+        if "tiers" in only:
+            self._run_tiers(shape, model, arguments, folder)
+        if "restart" in only:
+            self.attempt(
+                f"restart, {shape.name}",
+                lambda: measure_restart(
+                    shape,
+                    model,
+                    arguments,
+                    prefix_tokens=plan.restart_tokens,
+                    repeats=plan.restart_repeats,
+                    folder=folder,
+                    timeout_s=plan.budget_s,
+                ),
+            )
+        if "prefetch" in only:
+            self.attempt(
+                f"prefetch, {shape.name}",
+                lambda: measure_prefetch(
+                    shape, model, arguments, sizes=plan.prefetch, folder=folder, timeout_s=plan.budget_s
+                ),
+            )
+        if "trial" in only:
+            self.attempt(
+                f"policies on trial, {shape.name}",
+                lambda: measure_trial(
+                    shape,
+                    model,
+                    arguments,
+                    workload=plan.trial_workload,
+                    folder=folder,
+                    timeout_s=plan.budget_s,
+                ),
+            )
+
+    def _run_tiers(self, shape: ModelShape, model: Path, arguments: list[str], folder: Path) -> None:
+        sizes, timeout_s = self._plan.tiers, self._plan.budget_s
+        computed: list[Prefixes] = []
+
+        def compute() -> Outcome:
+            prefixes, outcome = compute_prefixes(
+                shape,
+                model,
+                arguments,
+                sizes=sizes,
+                snapshots=folder / "snapshots",
+                log=folder / "server-recompute.log",
+                timeout_s=timeout_s,
+            )
+            computed.append(prefixes)
+            return outcome
+
+        self.attempt(f"recompute, {shape.name}", compute)
+        for prefixes in computed:
+            for name in sizes.places:
+                self.attempt(
+                    f"restore from {name}, {shape.name}",
+                    lambda name=name, prefixes=prefixes: measure_tier(  # type: ignore[misc]
+                        shape,
+                        model,
+                        arguments,
+                        PLACES[name],
+                        prefixes,
+                        sizes=sizes,
+                        folder=folder,
+                        timeout_s=timeout_s,
+                    ),
+                )
+
+    def run_traces(self, *, trace: Path | None, sessions: Path | None, only: set[str]) -> None:
+        """Replay recorded traffic; without a trace, say so."""
+        plan = self._plan
+
+        def replay() -> Outcome:
+            if sessions is None:
+                raise ExperimentSkipped("no recorded sessions; name a folder of them with --sessions")
+            return replay_sessions(sessions, seeds=plan.replay_seeds)
+
+        def simulate() -> Outcome:
+            if trace is None:
+                raise ExperimentSkipped("no recorded trace; name one with --trace")
+            return measure_policies(trace, capacities=plan.policy_capacities, timeout_s=plan.budget_s)
+
+        if "prefetch" in only:
+            self.attempt("prefetch for sessions, replay", replay)
+        if "policies" in only:
+            self.attempt("eviction policies", simulate)
+
     def write(self, folder: Path) -> None:
         """Write the report as JSON and as Markdown."""
         self.report.machine["load after"] = load_average()
@@ -210,7 +327,10 @@ class Bench:
         (folder / "bench.md").write_text("\n".join(markdown_lines(self.report)) + "\n")
 
 
-EXPERIMENTS = ("core", "front-end", "repeats", "decode", "throughput")
+EXPERIMENTS = (
+    *("core", "front-end", "repeats", "decode", "throughput"),
+    *("tiers", "restart", "prefetch", "policies", "trial"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,6 +347,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=None, help="runs of each workload")
     parser.add_argument("--budget", type=float, default=None, help="seconds for one workload on one shape")
+    parser.add_argument("--trace", type=Path, default=None, metavar="FILE", help="requests, for policies")
+    parser.add_argument(
+        "--sessions", type=Path, default=None, metavar="FOLDER", help="recorded sessions, for prefetch"
+    )
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder of the report")
     parser.add_argument("--server-argument", action="append", default=[], help="for the server; repeatable")
     options = parser.parse_args(arguments)
@@ -249,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
             limits=limits,
             server_arguments=options.server_argument,
         )
+        command = sys.argv[1:] if arguments is None else arguments
+        bench.report.machine["command"] = shlex.join(["python", "-m", "loadgen.bench", *command])
         try:
             if "core" in only:
                 bench.run_core()
@@ -257,6 +383,10 @@ def main(arguments: list[str] | None = None) -> int:
             if only & {"repeats", "decode", "throughput"}:
                 for name in options.shapes or plan.shapes:
                     bench.run_shape(SHAPES[name], only=only)
+            if only & {"tiers", "restart", "prefetch", "trial"}:
+                for name in options.shapes or plan.shapes:
+                    bench.run_shape_alone(SHAPES[name], only=only)
+            bench.run_traces(trace=options.trace, sessions=options.sessions, only=only)
         finally:
             bench.write(options.out)
     print(f"report: {options.out / 'bench.md'}")

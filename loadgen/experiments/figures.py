@@ -43,8 +43,12 @@ class Report(msgspec.Struct, kw_only=True):
     figures: list[Figure] = []
     details: dict[str, object] = {}
     """Everything the figures were made of, by experiment."""
+    tables: dict[str, str] = {}
+    """In Markdown, by experiment: what is better read as a table of its own."""
     problems: list[str] = []
     """Experiments that could not be run, and why."""
+    skipped: list[str] = []
+    """Experiments for which something was not at hand, and what."""
 
 
 def _number(value: float | None) -> str:
@@ -81,9 +85,17 @@ def markdown_lines(report: Report) -> Iterator[str]:
         yield f"| {name} | {value if isinstance(value, str) else _number(value)} |"
     yield ""
     yield from _rows(report.figures)
+    for name, table in report.tables.items():
+        yield from ("", f"## {name}", "", table)
     if report.problems:
         yield ""
         yield "Not measured:"
         yield ""
         for problem in report.problems:
             yield f"- {problem}"
+    if report.skipped:
+        yield ""
+        yield "Left out:"
+        yield ""
+        for reason in report.skipped:
+            yield f"- {reason}"

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from loadgen.experiments.peer_jobs import PeerSettings
+from loadgen.experiments.policies import CAPACITIES_TOKENS
+from loadgen.experiments.prefetch import PrefetchSizes
+from loadgen.experiments.tiers import TierSizes
 
 __all__ = ["PLANS", "Plan", "continuous_candidates", "generate_candidates"]
 
@@ -28,6 +31,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     repeat_lengths: tuple[int, ...]
     num_repeats: int
     decode_repeats: int
+    tiers: TierSizes
+    restart_tokens: int
+    """Length of the shared system prompt."""
+    restart_repeats: int
+    prefetch: PrefetchSizes
+    replay_seeds: int
+    """Of each half of the recorded sessions."""
+    policy_capacities: tuple[int, ...]
+    """Cache sizes, in tokens."""
+    trial_workload: str
 
 
 PLANS = {
@@ -40,6 +53,18 @@ PLANS = {
         repeat_lengths=(64, 1024),
         num_repeats=20,
         decode_repeats=1,
+        tiers=TierSizes(
+            lengths=(16, 128, 512, 2048),
+            repeats=3,
+            once_from_tokens=512,
+            places=("host", "disk", "redis"),
+        ),
+        restart_tokens=1024,
+        restart_repeats=1,
+        prefetch=PrefetchSizes(sessions=16, running=2, prefix_tokens=256, new_tokens=8, rounds=2),
+        replay_seeds=1,
+        policy_capacities=(1_000_000, 3_000_000, 6_500_000),
+        trial_workload="4 groups x 8 at 8",
     ),
     "full": Plan(
         shapes=("smollm2-135m", "tinyllama-1.1b"),
@@ -53,6 +78,18 @@ PLANS = {
         repeat_lengths=(64, 256, 1024, 3072),
         num_repeats=50,
         decode_repeats=3,
+        tiers=TierSizes(
+            lengths=(16, 128, 256, 512, 1024, 2048, 4096),
+            repeats=5,
+            once_from_tokens=2048,
+            places=("host", "disk", "disk (zstd)", "disk (int8)", "redis"),
+        ),
+        restart_tokens=1024,
+        restart_repeats=3,
+        prefetch=PrefetchSizes(sessions=24, running=2, prefix_tokens=512, new_tokens=16, rounds=5),
+        replay_seeds=3,
+        policy_capacities=CAPACITIES_TOKENS,
+        trial_workload="4 groups x 8 at 8",
     ),
     # For tests of the machinery: seconds, and figures that mean nothing.
     "smoke": Plan(
@@ -64,6 +101,18 @@ PLANS = {
         repeat_lengths=(64,),
         num_repeats=5,
         decode_repeats=1,
+        tiers=TierSizes(
+            lengths=(16, 128, 1024),
+            repeats=3,
+            once_from_tokens=4096,
+            places=("host", "disk", "disk (zstd)", "redis"),
+        ),
+        restart_tokens=1024,
+        restart_repeats=1,
+        prefetch=PrefetchSizes(sessions=12, running=2, prefix_tokens=256, new_tokens=16, rounds=2),
+        replay_seeds=1,
+        policy_capacities=(1_000_000,),
+        trial_workload="small",
     ),
 }
 

@@ -19,7 +19,15 @@ import msgspec
 
 from loadgen.cli import RunReport
 
-__all__ = ["LineProcess", "ProcessFailed", "Server", "run_json", "run_loadgen", "serve"]
+__all__ = [
+    "STOP_S",
+    "LineProcess",
+    "ProcessFailed",
+    "Server",
+    "run_json",
+    "run_loadgen",
+    "serve",
+]
 
 STOP_S = 30.0
 
@@ -46,7 +54,8 @@ class LineProcess:
                 env=os.environ | (environment or {}),
             )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     @property
     def pid(self) -> int:
@@ -55,8 +64,9 @@ class LineProcess:
 
     def _read(self) -> None:
         if self._process.stdout is not None:
-            for line in self._process.stdout:
-                self._lines.put(line.rstrip("\n"))
+            with self._process.stdout as lines:
+                for line in lines:
+                    self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
     def write(self, line: str) -> None:
@@ -100,6 +110,8 @@ class LineProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        # Its pipe ends with it, unless it left somebody behind who holds the other end.
+        self._reader.join(STOP_S)
 
     def __enter__(self) -> Self:
         return self
