@@ -121,7 +121,7 @@ class TierStats:
     read_bytes_per_s: float
     write_bytes_per_s: float
     crossover_tokens: int
-    """Prefix length from which bringing it back beats computing it; 0: always, -1: never."""
+    """Prefix length from which bringing it back beats computing it; 0: always, -1: never, -2: not measured yet."""
     last_fault: str
     codec: str
     divergence: Divergence | None

@@ -2,7 +2,7 @@
 
 Both sides are lines through few numbers, kept current by every real fetch and every real step::
 
-    fetch(bytes)          =  latency  +  bytes / bandwidth                      per tier
+    fetch(bytes)          =  latency  +  bytes / bandwidth  +  overhead         per tier; overhead: the engine's
     recompute(n, start)   =  linear * n  +  attention * n * (start + n / 2)     of this model
 
 The second term grows with the position because a token attends to everything before it. So a slow tier can
@@ -31,6 +31,10 @@ class DecisionReason(StrEnum):
     UNMEASURED = "unmeasured"
     """One side has never been seen: fetch, which is how it becomes known."""
     NOTHING = "nothing_to_fetch"
+
+
+_MAX_OVERHEAD_SURPRISE = 4.0
+_LEAST_OVERHEAD_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,9 @@ class _Line:
     _PRIOR = 0.01
     """Weight, in rows, of staying where the line was: decides what the observations leave open."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, splits_first: bool) -> None:
+        """``splits_first``: give half of the first observation to each term; else all to the first one."""
+        self._splits_first = splits_first
         self._a: float | None = None
         self._b: float | None = None
         self._scale: tuple[float, float] = (0.0, 0.0)
@@ -102,11 +108,11 @@ class _Line:
             return
         expected = self.predict(x, z)
         if self._a is None or expected <= 0:
-            # Half to each term that is there, until observations of other sizes tell.
-            num_terms = (x > 0) + (z > 0)
+            # Until observations of other sizes tell.
+            num_terms = (x > 0) + (z > 0) if self._splits_first else 1
             self._a, self._b = self._scale = (
                 y / (num_terms * x) if x > 0 else 0.0,
-                y / (num_terms * z) if z > 0 else 0.0,
+                y / (num_terms * z) if z > 0 and (num_terms == 2 or x <= 0) else 0.0,
             )
             expected = y
         y = min(y, self._MAX_SURPRISE * expected)
@@ -149,6 +155,7 @@ class Worth:
         device_bytes_per_s: float = math.inf,
         write_weight: float = 0.1,
         margin: float = 1.0,
+        overhead_s: float = 0.0,
     ) -> None:
         """Know nothing yet.
 
@@ -161,9 +168,11 @@ class Worth:
         self._device_bytes_per_s = device_bytes_per_s
         self._write_weight = write_weight
         self._margin = margin
+        self._overhead_s = overhead_s
         self._fetches: dict[str, _Line] = {}
         self._write_bytes_per_s: dict[str, float] = {}
-        self._recompute = _Line()
+        # The attention term is small until prefixes are long: a first short computation tells nothing of it.
+        self._recompute = _Line(splits_first=False)
 
     # ------------------------------------------------------------------------------------- what was seen
 
@@ -172,14 +181,21 @@ class Worth:
     ) -> None:
         """Take over what a tier measured of itself at its start."""
         if read_bytes_per_s > 0:
-            self._fetches.setdefault(tier, _Line()).start_at(latency_s, 1 / read_bytes_per_s)
+            self._fetches.setdefault(tier, _Line(splits_first=True)).start_at(latency_s, 1 / read_bytes_per_s)
         if write_bytes_per_s > 0:
             self._write_bytes_per_s[tier] = write_bytes_per_s
 
     def observe_fetch(self, tier: str, num_bytes: int, seconds: float) -> None:
         """Learn from objects that came together: their bytes, and the time from submission to the last."""
         if num_bytes > 0:
-            self._fetches.setdefault(tier, _Line()).observe(1.0, float(num_bytes), seconds)
+            self._fetches.setdefault(tier, _Line(splits_first=True)).observe(1.0, float(num_bytes), seconds)
+
+    def observe_restore(self, expected_s: float, took_s: float) -> None:
+        """Learn what the engine adds from a restore that nothing else held up: expected, and what it took."""
+        if math.isfinite(took_s) and took_s > 0:
+            extra_s = max(0.0, took_s - (expected_s - self._overhead_s))
+            surprise_s = min(extra_s, _MAX_OVERHEAD_SURPRISE * max(self._overhead_s, _LEAST_OVERHEAD_S))
+            self._overhead_s += 0.2 * (surprise_s - self._overhead_s)
 
     def observe_write(self, tier: str, bytes_per_s: float) -> None:
         """Take over a tier's current figure of its writing."""
@@ -212,7 +228,8 @@ class Worth:
         line = self._fetches.get(tier)
         if line is None or not line.is_known:
             return None
-        return line.predict(1.0, float(num_bytes)) + num_bytes / self._device_bytes_per_s
+        fetch_s = line.predict(1.0, float(num_bytes)) + num_bytes / self._device_bytes_per_s
+        return fetch_s + self._overhead_s
 
     def recompute_s(self, num_tokens: int, start_position: int = 0) -> float | None:
         """Return the expected time to compute tokens from a position on; None: not known."""
@@ -254,7 +271,7 @@ class Worth:
         if line is None or not line.is_known or not self._recompute.is_known:
             return None
         per_token = self._margin * bytes_per_token * (line.b + 1 / self._device_bytes_per_s)
-        latency = self._margin * line.a
+        latency = self._margin * (line.a + self._overhead_s)
         slope = self._recompute.a + self._recompute.b * start_position - per_token
         bend = self._recompute.b / 2
         if bend == 0:

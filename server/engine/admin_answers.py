@@ -130,7 +130,7 @@ class TierReport(msgspec.Struct, frozen=True, kw_only=True):
     read_bytes_per_s: float
     write_bytes_per_s: float
     crossover_tokens: int
-    """Prefix length from which fetching beats computing; -1: never."""
+    """Prefix length from which fetching beats computing; -1: never; -2: not measured yet."""
     last_fault: str | None
     divergence: DivergenceReport | None = None
     """None: nothing lossy has been stored."""

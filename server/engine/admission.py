@@ -33,6 +33,9 @@ MAX_MISFITS_PER_PLAN = 32
 """How many waiting sequences may be passed over in one plan by ones behind them: such as do not fit, or wait
 for a prefix that this very step computes."""
 
+MAX_HELD_PER_PLAN = 64
+"""How many may be passed over because what tiers have of them is still on its way."""
+
 MAX_ADMISSIONS_PER_PLAN = 32
 """Bounds the time that one plan takes; the others join the next steps."""
 
@@ -117,7 +120,7 @@ class Admission:
         """
         if not budget or not len(self._waiting):
             return
-        misfits, spare = 0, self._spare()
+        misfits, num_held, spare = 0, 0, self._spare()
         max_running = min(self._max_running, len(self._running) + MAX_ADMISSIONS_PER_PLAN)
         largest = budget if is_cut else None
         candidates = self._waiting.queue.candidates(now, limit=MAX_CANDIDATES_PER_PLAN, largest=largest)
@@ -125,8 +128,9 @@ class Admission:
             for sequence, is_overdue in candidates:
                 if not budget or len(self._running) >= max_running:
                     return
-                if self._is_held(sequence):
-                    if is_overdue:
+                if self._is_held(sequence, has_place=len(self._running) + num_held < max_running):
+                    num_held += 1
+                    if is_overdue or num_held >= MAX_HELD_PER_PLAN:
                         return
                     continue
                 room = budget if is_cut and not is_overdue else len(sequence.tokens)
@@ -142,12 +146,12 @@ class Admission:
                 yield sequence, lease, count
                 spare += 1 + self._running.blocks_outstanding(sequence)
 
-    def _is_held(self, sequence: Sequence) -> bool:
+    def _is_held(self, sequence: Sequence, *, has_place: bool) -> bool:
         """Say whether what tiers have of a prompt is still on its way."""
         restoration = sequence.restoration
         if restoration is None or self.restorations is None:
             return False
-        return self.restorations.is_holding(restoration)
+        return self.restorations.is_holding(restoration, has_place=has_place)
 
     def _spare(self) -> int:
         """Return the blocks to leave alone: what is promised, and one for each that may begin a block."""

@@ -187,7 +187,7 @@ def show_tiers(tiers: tuple[kvserve.TierBlocks, ...]) -> str:
 
 def show_crossover(tokens: int) -> str:
     """Return from which length on a tier is worth it."""
-    return {0: "always", -1: "never"}.get(tokens, f"{tokens:,} tokens")
+    return {0: "always", -1: "never", -2: "-"}.get(tokens, f"{tokens:,} tokens")
 
 
 def look_up(parsed: argparse.Namespace, client: kvserve.Client) -> int:

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 TAIL_SHARE = 8
 """One byte in so many of a tier's budget is for partial blocks and last logits."""
 
+OVERHEAD_S = 0.003
+"""Of a restore before any has been seen: the engine looks for what has come every other millisecond."""
+
 SNAPSHOT_BYTES = 1 << 30
 """Host memory for what is restored from snapshots where no tier is configured; taken as it is needed."""
 
@@ -51,7 +54,7 @@ def open_tiers(
         return None
     if options.disk_path is not None:
         make_private_folder(Path(options.disk_path))
-    worth = Worth()
+    worth = Worth(overhead_s=OVERHEAD_S)
     opened: list[Tier] = []
 
     def stack(part: str, *, share: Callable[[int], int]) -> TierStack:

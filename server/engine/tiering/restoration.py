@@ -50,6 +50,7 @@ class Restoration:
         "expected_fetch_s",
         "expected_recompute_s",
         "first_block",
+        "held_s",
         "held_since",
         "late_blocks",
         "namespace",
@@ -75,7 +76,9 @@ class Restoration:
         self.started_at = 0.0
         self.done_at: float | None = None
         self.held_since: float | None = None
-        """Since when nothing but this restore keeps the sequence from being admitted."""
+        """Since when nothing else keeps the sequence from being admitted; None: something does."""
+        self.held_s = 0.0
+        """For how long that was so before."""
         self.first_block = 0
         self.digests: list[PrefixDigest] = []
         """``digests[0]`` is of the prefix on the device, the others of one block more each."""
@@ -135,6 +138,15 @@ class Restoration:
     def keys(self) -> list[ObjectKey]:
         """Return the names of the blocks found."""
         return [ObjectKey(d, ObjectKind.BLOCK) for d in self.digests[1 : 1 + self.num_found]]
+
+    def count_held(self, now: float, *, is_held: bool) -> None:
+        """Note whether, from now on, nothing but this restore keeps the sequence from being admitted."""
+        if is_held:
+            if self.held_since is None:
+                self.held_since = now
+        elif self.held_since is not None:
+            self.held_s += now - self.held_since
+            self.held_since = None
 
     def look_at_device(self, tree: PrefixTree, tails: TailStore, now: float) -> bool:
         """Note where the device ends: what tiers have is wanted from there on. False: it has everything."""

@@ -35,6 +35,10 @@ ASK_S = 0.05
 """How long a tier may take to say whether it has something."""
 MIN_FETCH_TIMEOUT_S = 0.1
 MAX_FETCH_TIMEOUT_S = 30.0
+AHEAD_PERCENT = 75
+"""Of the blocks that can be had: more of them placed ahead would push each other out."""
+ALONE_SHARE = 0.8
+"""A restore that held its sequence up for so much of its time tells what a restore takes."""
 PATIENCE = 4.0
 """A fetch may take this many times what was expected."""
 BUSY_BYTES_PER_STEP = 16 << 20
@@ -81,6 +85,8 @@ class Restorations:
         self._mode = mode
         self._new: deque[Restoration] = deque()
         self._active: dict[Restoration, None] = {}
+        self._num_ahead = 0
+        """Blocks placed for sequences that are still waiting."""
         self._recent_wait_s = 0.0
         self.counters = RestoreCounters()
 
@@ -97,24 +103,26 @@ class Restorations:
         self._new.append(restoration)
         return restoration
 
-    def is_holding(self, restoration: Restoration) -> bool:
-        """Say whether a sequence that could be admitted now should wait for its blocks.
+    def is_holding(self, restoration: Restoration, *, has_place: bool) -> bool:
+        """Say whether a sequence whose turn it is should wait for its blocks.
 
-        One whose turn comes before anybody has looked for its blocks is looked up here and now.
+        One whose turn comes before anybody has looked for its blocks is looked up here and now. Without
+        ``has_place`` (others are in front of it) it could not be admitted anyway, and waits for nothing.
         """
         now = self._clock.now()
         if restoration.state is RestorationState.NEW:
+            if not has_place and len(self._active) >= MAX_ACTIVE:
+                return True
             self._begin(restoration, now)
         if restoration.is_over:
             return False
-        if restoration.held_since is None:
-            restoration.held_since = now
+        restoration.count_held(now, is_held=has_place)
         return True
 
     def admitted(self, restoration: Restoration, nodes: Iterable[Node]) -> tuple[int, RestoreReport | None]:
         """A sequence was admitted with these matched nodes: return its restored blocks, and the report."""
         if restoration.asked_at:
-            waited_s = (restoration.held_since or self._clock.now()) - restoration.asked_at
+            waited_s = self._clock.now() - restoration.asked_at - restoration.held_s
             self._recent_wait_s += 0.1 * (waited_s - self._recent_wait_s)
         used = restoration.nodes.intersection(nodes)
         num_late = min(len(used), restoration.late_blocks)
@@ -122,7 +130,7 @@ class Restorations:
         counters.used_blocks += len(used) - num_late
         counters.late_blocks += num_late
         counters.wasted_blocks += len(restoration.nodes) - len(used)
-        restoration.nodes.clear()
+        self._forget_nodes(restoration)
         report = self._report(restoration, len(used))
         self._forget(restoration)
         return len(used), report
@@ -130,6 +138,7 @@ class Restorations:
     def left(self, restoration: Restoration) -> None:
         """A sequence went away without having been admitted."""
         self.counters.wasted_blocks += len(restoration.nodes)
+        self._forget_nodes(restoration)
         self._forget(restoration)
 
     # -- one step -----------------------------------------------------------------------------------
@@ -137,7 +146,7 @@ class Restorations:
     def advance(self, *, is_computing: bool) -> list[Placed]:
         """Look at what has come; return what the plan is to load. Call before anything is admitted."""
         now = self._clock.now()
-        while self._new and len(self._active) < MAX_ACTIVE:
+        while self._new and len(self._active) < MAX_ACTIVE and self._num_expected() < self._max_ahead():
             restoration = self._new.popleft()
             if restoration.state is RestorationState.NEW:
                 self._begin(restoration, now)
@@ -153,6 +162,18 @@ class Restorations:
         return placed
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _max_ahead(self) -> int:
+        """Return how many blocks may lie on the device for sequences whose turn has not come."""
+        return self._cache.num_available * AHEAD_PERCENT // 100
+
+    def _num_expected(self) -> int:
+        """Return how many blocks there will be for them, once all has landed that is on its way."""
+        return self._num_ahead + sum(r.num_found - r.num_landed for r in self._active)
+
+    def _forget_nodes(self, restoration: Restoration) -> None:
+        self._num_ahead -= len(restoration.nodes)
+        restoration.nodes.clear()
 
     def _begin(self, restoration: Restoration, now: float) -> None:
         if self._mode == "never" or not restoration.look_at_device(self._cache.tree, self._cache.tails, now):
@@ -219,6 +240,8 @@ class Restorations:
         batch = restoration.batch
         if batch is not None:
             count = min(batch.num_ready - batch.num_taken, max(1, room // self._format.bytes_per_block))
+            if restoration.held_since is None:  # its turn has not come: not at the cost of those before it
+                count = max(0, min(count, self._max_ahead() - self._num_ahead))
             if count:
                 placed = self._place_blocks(restoration, batch, count)
             if restoration.batch is not None and (not batch.is_done or batch.num_taken < batch.num_ready):
@@ -242,6 +265,7 @@ class Restorations:
         )
         restoration.num_landed += num_there
         restoration.nodes.update(entry.node for entry in placed)
+        self._num_ahead += len(placed)
         self.counters.fetched_blocks += len(objects)
         self.counters.wasted_blocks += len(objects) - len(placed)
         if restoration.held_since is not None:
@@ -267,9 +291,12 @@ class Restorations:
         if restoration.state is RestorationState.FETCHING:
             restoration.done_at = now
             took_s = now - restoration.started_at
-            held_s = 0.0 if restoration.held_since is None else now - restoration.held_since
+            restoration.count_held(now, is_held=False)
+            held_s = min(restoration.held_s, took_s)
             self.counters.restore_s += took_s
-            self.counters.hidden_s += max(0.0, took_s - held_s)
+            self.counters.hidden_s += took_s - held_s
+            if restoration.num_landed == restoration.num_found and held_s > ALONE_SHARE * took_s:
+                self._blocks.worth.observe_restore(restoration.expected_fetch_s, took_s)
         self._forget(restoration)
 
     def _forget(self, restoration: Restoration) -> None:
@@ -288,7 +315,6 @@ class Restorations:
             return None
         done_at = restoration.done_at
         fetch_s = 0.0 if done_at is None else done_at - restoration.started_at
-        held_since = restoration.held_since
         return RestoreReport(
             decision="fetch" if restoration.decided_fetch else "recompute",
             tier=restoration.main_tier,
@@ -297,5 +323,5 @@ class Restorations:
             expected_fetch_s=restoration.expected_fetch_s,
             expected_recompute_s=restoration.expected_recompute_s,
             fetch_s=fetch_s,
-            wait_s=0.0 if held_since is None or done_at is None else max(0.0, done_at - held_since),
+            wait_s=min(fetch_s, restoration.held_s),
         )

@@ -29,7 +29,7 @@ __all__ = ["Tiering"]
 
 BUSY_POLL_S = 0.005
 SESSION_POLL_S = 0.25
-MIN_MEASURED_TOKENS = 16
+MIN_MEASURED_TOKENS = 64
 """Steps that compute fewer tokens say more about the step than about the tokens."""
 
 

@@ -17,6 +17,8 @@ from server.engine.tiering.tiering import Tiering
 
 __all__ = ["EngineTierView"]
 
+UNKNOWN_CROSSOVER = -2
+
 
 class EngineTierView:
     """Implements ``TierView`` over an engine's tiers."""
@@ -123,7 +125,7 @@ class EngineTierView:
         bytes_per_token = self._format.bytes_per_block / self._format.block_size
         tokens = self._tiering.worth.crossover_tokens(tier, bytes_per_token=bytes_per_token)
         if tokens is None:
-            return 0
+            return UNKNOWN_CROSSOVER
         return -1 if math.isinf(tokens) else math.ceil(tokens)
 
 
