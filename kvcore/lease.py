@@ -85,6 +85,7 @@ class Lease:
         "held",
         "in_flight",
         "inserts_from",
+        "is_lossy",
         "is_open",
         "lifetime_s",
         "match",
@@ -117,6 +118,8 @@ class Lease:
         """Index of the first node that was not matched: from here on this lease inserted them itself,"""
         self.deferred: set[int] = set()
         """except for these, where the tree had the block of another."""
+        self.is_lossy = found.end.is_lossy or (found.source is not None and found.source.is_lossy)
+        """A lossy codec had a hand in what it builds on: whatever it computes is marked so."""
         self.copy: SlotCopy | None = None
         self.in_flight = 0
         """Positions that the running step computes, from ``num_computed`` on."""

@@ -26,18 +26,20 @@ from kvcore.counters import CacheCounters
 from kvcore.cursors import Cursor, CursorBoard
 from kvcore.errors import IntegrityError, OutOfBlocks
 from kvcore.events import CacheListener, LeaveCause
+from kvcore.filler import Filler
+from kvcore.finder import Finder
 from kvcore.heat import add_heat, use_at
 from kvcore.integrity import check_integrity
 from kvcore.keys import NamespaceKey
 from kvcore.lanes import EvictionLanes
 from kvcore.lease import Found, Lease, PrefixMatch, SlotCopy
-from kvcore.node import Node, NodeState
+from kvcore.node import NodeState
 from kvcore.pins import HARD_SHARE, SOFT_SHARE, PinBook
 from kvcore.policies import EvictionPolicy, LruPolicy
 from kvcore.quotas import Quotas
 from kvcore.reclaim import Reclaimer
 from kvcore.restore import Restorer
-from kvcore.tails import Tail, TailStore
+from kvcore.tails import TailStore
 from kvcore.tree import PrefixTree
 
 __all__ = ["CacheManager", "TokenCost", "nominal_cost"]
@@ -94,6 +96,10 @@ class CacheManager:
             pins=self.pins,
             quotas=self.quotas,
         )
+        self._finder = Finder(tree=self.tree, tails=self.tails, clock=clock)
+        self._filler = Filler(
+            pool=self.pool, tree=self.tree, tails=self.tails, reclaimer=self._reclaimer, clock=clock
+        )
         self.control = CacheControl(
             tree=self.tree,
             tails=self.tails,
@@ -140,33 +146,9 @@ class CacheManager:
 
         ``owner`` names a request that leaves nothing behind; None shares. Without ``read`` nothing is found.
         """
-        root = self.tree.root(namespace)
         if not read:
-            nothing = PrefixMatch(0, 0, is_exact=False)
-            return Found(root, [], None, None, is_being_computed=False, match=nothing, is_read=False)
-        now, size = self._clock.now(), self.block_size
-        path = self.tree.walk(root, tokens, len(tokens), owner, now)
-        node = path[-1] if path else root
-        position = len(path) * size
-        tail, in_flight = None, False
-        if len(tokens) - position < size:
-            tail = self.tails.find(node, tokens[position:].tobytes(), owner, now)
-            if tail is None and position == len(tokens):  # one token has to be computed for its logits
-                in_flight = path.pop().state is NodeState.PENDING
-                position -= size
-                node = path[-1] if path else root
-        limit = len(tokens) if tail is not None else len(tokens) - 1
-        wanted = tokens[position : min(limit, position + size)].tobytes()
-        source, num_partial = self.tree.find_partial(node, wanted, owner, now)
-        in_flight = in_flight or (tail is not None and not tail.is_ready)
-        return Found(
-            root,
-            path,
-            tail,
-            source,
-            is_being_computed=in_flight or self._producer_goes_on(node, tokens),
-            match=PrefixMatch(position, num_partial, is_exact=tail is not None),
-        )
+            return self._finder.find_nothing(namespace)
+        return self._finder.find(namespace, tokens, owner=owner)
 
     def fits(self, found: Found, num_positions: int, *, spare: int) -> bool:
         """Say whether a lease of ``found`` could grow to ``num_positions`` and leave ``spare`` blocks."""
@@ -201,10 +183,11 @@ class CacheManager:
         if source is not None:
             lease.copy = SlotCopy(source.real_block(), target, found.match.partial_tokens)
             node = self.tree.add_open(found.end, target, owner)
+            node.is_lossy = lease.is_lossy
             node.limit_life(source.expires_at)  # what is copied does not get younger
             lease.block_table.append(target)
             lease.nodes.append(node)
-            self._hold_deepest(lease)
+            self._filler.hold_deepest(lease)
         if found.tail is not None:
             self.tails.use(found.tail)
         return lease
@@ -220,73 +203,21 @@ class CacheManager:
 
         Raises ``OutOfBlocks`` and changes nothing if the blocks are not to be had.
         """
-        size = self.block_size
-        start, stop = lease.num_computed, lease.num_computed + num_tokens
-        missing = -(-stop // size) - len(lease.block_table)
-        if missing <= 0 and stop % size:
-            lease.in_flight = num_tokens  # stays inside the OPEN block: nothing to publish
-            return
-        now = self._clock.now()
-        if missing > 0:
-            lease.block_table.extend(self._reclaimer.take(missing, lease.root.space))
-        lease.in_flight = num_tokens
-        for index in range(start // size, -(-stop // size)):
-            anchor = lease.nodes[index - 1] if index else lease.root
-            if index == len(lease.nodes):
-                block = BlockId(lease.block_table[index])
-                lease.nodes.append(self.tree.add_open(anchor, block, lease.owner))
-            if (index + 1) * size <= stop:
-                packed = lease.tokens[index * size : (index + 1) * size].tobytes()
-                twin = self.tree.find_child(anchor, packed, lease.owner, now)
-                if twin is None:
-                    self._publish(lease, lease.nodes[index], packed, now)
-                else:
-                    self._defer_to(lease, index, twin)
-        self._hold_deepest(lease)
+        self._filler.extend(lease, num_tokens)
 
     def add_tail(self, lease: Lease) -> None:
         """Keep the last logits of the prompt that the running step completes (``lease.save_logits_to``).
 
         Call after ``extend``, when ``lease.tokens`` is the whole prompt. Does nothing if they are kept.
         """
-        num_full = len(lease.tokens) // self.block_size
-        node = lease.nodes[num_full - 1] if num_full else lease.root
-        rest = lease.tokens[num_full * self.block_size :].tobytes()
-        now = self._clock.now()
-        expires_at = None if lease.lifetime_s is None else now + lease.lifetime_s
-        lease.new_tail = self.tails.add(node, rest, lease.owner, now, expires_at=expires_at)
+        self._filler.add_tail(lease)
 
     def commit(self, leases: Iterable[Lease], *, spoiled: Collection[Lease] = ()) -> None:
         """The step is done: what it filled is READY. Takes all leases of the plan at once.
 
         The logits of ``spoiled`` leases are no good and not kept; discard these leases afterwards.
         """
-        now = self._clock.now()
-        leases, stored, kept = list(leases), list[list[Node]](), list[Tail]()
-        for lease in leases:
-            for node in lease.pending:
-                node.state = NodeState.READY
-                node.producer = None
-            if self.listeners and lease.pending and lease.owner is None and lease not in spoiled:
-                stored.append(list(lease.pending))
-            lease.pending.clear()
-        for lease in leases:
-            self._settle(lease, now)
-            if lease.new_tail is not None:
-                if lease in spoiled:
-                    self.tails.remove(lease.new_tail)
-                else:
-                    lease.new_tail.is_ready = True
-                    if lease.owner is None:
-                        kept.append(lease.new_tail)
-                lease.new_tail = None
-            lease.used_tail = None
-        self.tails.end_step()
-        for listener in self.listeners:
-            for nodes in stored:
-                listener.stored(nodes)
-            for tail in kept:
-                listener.tail_stored(tail)
+        self._filler.commit(leases, spoiled=spoiled)
 
     def roll_back(self, leases: Iterable[Lease]) -> None:
         """The step failed: end all leases of the plan; nothing that they inserted stays."""
@@ -399,69 +330,6 @@ class CacheManager:
             used.heat = add_heat(used.heat, use_at(now))
         shared = path if owner is None else [n for n in path if n.owner is None]
         self._lanes.policy_of(found.root.space).opened(shared, num_tokens, now)
-
-    def _producer_goes_on(self, frontier: Node, tokens: array[int]) -> bool:
-        """Say whether who fills ``frontier`` in this step fills the block that ``tokens`` need next, too."""
-        producer = frontier.producer
-        if producer is None:
-            return False
-        position = frontier.depth * self.block_size
-        wanted = tokens[position : position + self.block_size]
-        return (
-            len(wanted) == self.block_size
-            and wanted == producer.tokens[position : position + self.block_size]
-        )
-
-    def _publish(self, lease: Lease, node: Node, packed: bytes, now: float) -> None:
-        self.tree.fill(node, packed, producer=lease)
-        self._stamp(node, lease, now)
-        lease.pending.append(node)
-        if lease.owner is None:
-            self._reclaimer.entered(node)
-
-    def _defer_to(self, lease: Lease, index: int, twin: Node) -> None:
-        """The tree has this very block already: keep ours private for the step, follow theirs from here."""
-        own = lease.nodes[index]
-        lease.nodes[index] = twin
-        if lease.held is own:
-            self._move_hold(lease, twin)
-        lease.deferred.add(index)
-        lease.duplicates[index] = self._reclaimer.detach(own, LeaveCause.DISCARDED)
-
-    def _settle(self, lease: Lease, now: float) -> None:
-        """Enter what the step has computed."""
-        lease.num_computed += lease.in_flight
-        lease.in_flight = 0
-        lease.copy = None
-        for index, block in lease.duplicates.items():
-            lease.block_table[index] = lease.nodes[index].real_block()
-            self.pool.give_back([block])
-        lease.duplicates.clear()
-        if lease.nodes and lease.nodes[-1].state is NodeState.OPEN:
-            last = lease.nodes[-1]
-            last.packed = lease.tokens[
-                (len(lease.nodes) - 1) * self.block_size : lease.num_computed
-            ].tobytes()
-            self._stamp(last, lease, now)
-
-    def _stamp(self, node: Node, lease: Lease, now: float) -> None:
-        """Note when the first slot of a block was filled; its lifetime starts then."""
-        if node.inserted_at is not None:
-            return
-        node.inserted_at = now
-        self._reclaimer.count_inserted(node)
-        if lease.lifetime_s is not None:
-            node.limit_life(now + lease.lifetime_s)
-        self._reclaimer.watch_lifetime(node)
-
-    def _hold_deepest(self, lease: Lease) -> None:
-        if lease.nodes and lease.nodes[-1] is not lease.held:
-            self._move_hold(lease, lease.nodes[-1])
-
-    def _move_hold(self, lease: Lease, node: Node) -> None:
-        self.tree.hold(node)
-        previous, lease.held = lease.held, node
-        self._reclaimer.drop(previous)
 
     def _close(self, lease: Lease) -> None:
         if not lease.is_open:

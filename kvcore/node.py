@@ -54,6 +54,7 @@ class Node:
         "heat",
         "hits",
         "inserted_at",
+        "is_lossy",
         "is_released",
         "last_used",
         "mark",
@@ -109,6 +110,8 @@ class Node:
         """An operator's hold that ends here and covers the path to here."""
         self.is_released = False
         """Somebody said that it is not needed any more; a reuse takes that back."""
+        self.is_lossy: bool = parent is not None and parent.is_lossy
+        """A lossy codec had a hand in its content, or in what that was computed from."""
         self.producer: Lease | None = None
         """Who fills a PENDING node."""
         self.tails: dict[Key, Tail] | None = None

@@ -12,9 +12,17 @@ magnitude, so they are counted in classes that widen with the wait::
       +--------------------------------------> log(wait)
              ^ waited so far: what lies to the left is ruled out, the rest is rescaled
 
+Most requests are nobody's second one, so prefixes that nobody has come back to yet are counted apart from
+those that somebody has: who came back once is likely to do so again.
+
 A session is worth fetching when, having been away for so long, it returns within the window with a
-probability that keeps the waste under its bound. The bound is on what really happens: the outcomes of earlier
-fetches correct the estimate, so a predictor that is wrong fetches less, not more.
+probability that keeps the waste well under its bound. The bound itself is on what really happens: fetches are
+paid from a credit, which a fetch that was done fills and a wasted one drains::
+
+    credit:  + m  for each one finished,  - 1  for each one wasted,  + a little every hour
+    wasted  <=  m * finished + the credit at first + what the hours gave        (m is below max_waste)
+
+So a predictor that is wrong stops, and tries again now and then.
 
 One fetch, as the engine drives it::
 
@@ -35,8 +43,14 @@ from enum import Enum
 __all__ = ["PrefetchCounters", "PrefetchOutcome", "SessionPredictor", "WaitTimes"]
 
 _OWN_FADE, _POPULATION_FADE = 0.9, 0.998
-_PRIOR_WASTED = 3.0
-"""Wasted fetches that the estimate is trusted for at first: some twenty fetches."""
+_MARGIN = 0.5
+"""Share of the bound that the estimate of one fetch may use up: waits change, and estimates err."""
+_FIRST_CREDIT, _MOST_CREDIT = 1.0, 2.0
+"""Wasted fetches beyond the bound: at first, and after any number of good ones."""
+_CREDIT_PER_S = 0.1 / 3600.0
+"""So that one that had to stop finds out whether the waits are different now."""
+_NUM_KINDS = 2
+"""Sessions that came back never yet, and those that did."""
 SessionKey = Hashable
 """Opaque; the engine takes the digest that names a conversation's beginning."""
 
@@ -118,6 +132,11 @@ class _Session:
     visit: int = 0
     """Number of its requests: an entry of the agenda with another one is out of date."""
 
+    @property
+    def kind(self) -> int:
+        """Return which of the populations it belongs to."""
+        return min(self.visit - 1, _NUM_KINDS - 1)
+
 
 @dataclass(slots=True)
 class _Fetch:
@@ -142,7 +161,7 @@ class SessionPredictor:
         self,
         *,
         max_waste: float = 0.2,
-        window_s: float = 300.0,
+        window_s: float = 1800.0,
         away_s: float = 3600.0,
         population_weight: float = 4.0,
         population_minimum: float = 20.0,
@@ -162,15 +181,17 @@ class SessionPredictor:
         self._population_weight = population_weight
         self._population_minimum = population_minimum
         self._max_sessions = max_sessions
-        self._population = WaitTimes()
+        self._populations = [WaitTimes() for _ in range(_NUM_KINDS)]
         self._num_waits = 0
         self._sessions: OrderedDict[SessionKey, _Session] = OrderedDict()
         """By the latest sign of life."""
         self._agenda: list[_Check] = []
         self._num_checks = 0
         self._fetches: OrderedDict[SessionKey, _Session] = OrderedDict()
-        # Waste that was expected and waste that came, of the recent fetches.
-        self._expected_waste = self._real_waste = _PRIOR_WASTED
+        self._credit = _FIRST_CREDIT
+        self._credit_at: float | None = None
+        self._expected_waste = 0.0
+        """Of the fetches that are not finished."""
         self.counters = PrefetchCounters()
 
     def __len__(self) -> int:
@@ -200,7 +221,7 @@ class SessionPredictor:
             self._note_passed(state, now)
             index = int(WaitTimes.position(now - state.ended_at))
             state.waits.stopped(index, fade=_OWN_FADE)
-            self._population.stopped(index, fade=_POPULATION_FADE)
+            self._populations[state.kind].stopped(index, fade=_POPULATION_FADE)
             state.ended_at = None
             self._num_waits += 1
         if state.fetch is None:
@@ -225,6 +246,7 @@ class SessionPredictor:
         ``missing_blocks`` tells how many blocks of a session have left the device and can be fetched. A
         session that is not due is looked at again after it has been away for an eighth longer.
         """
+        self._fill_credit(now)
         candidates = []
         while self._agenda and self._agenda[0].at <= now:
             check = heapq.heappop(self._agenda)
@@ -247,10 +269,13 @@ class SessionPredictor:
                 candidates.append((probability, check.session, missing))
         candidates.sort(key=lambda candidate: -candidate[0])
         chosen = []
-        for _, session, missing in candidates:
-            if missing <= room_blocks:
-                room_blocks -= missing
-                chosen.append((session, missing))
+        expected_waste = self._expected_waste
+        for probability, session, missing in candidates:
+            if missing > room_blocks or self._credit < expected_waste + (1.0 - probability):
+                continue
+            expected_waste += 1.0 - probability
+            room_blocks -= missing
+            chosen.append((session, missing))
         return chosen
 
     def started(self, session: SessionKey, now: float, num_blocks: int) -> float:
@@ -258,6 +283,7 @@ class SessionPredictor:
         state = self._sessions[session]
         until = now + self._window_s
         state.fetch = _Fetch(until, num_blocks, self.return_probability(session, now))
+        self._expected_waste += 1.0 - state.fetch.probability
         self._fetches[session] = state
         self.counters.fetched += 1
         self.counters.fetched_blocks += num_blocks
@@ -294,15 +320,16 @@ class SessionPredictor:
         away_s = now - state.ended_at
         begin, end = WaitTimes.position(away_s), WaitTimes.position(away_s + self._window_s)
         still_away = 1.0
+        population = self._populations[state.kind]
         for index in range(int(begin), int(end) + 1):
-            rate = self._end_rate(state.waits, index)
+            rate = self._end_rate(state.waits, population, index)
             first, last = max(begin - index, 0.0), min(end - index, 1.0)
             still_away *= (1.0 - last * rate) / (1.0 - first * rate)  # evenly spread within a class
         return 1.0 - still_away
 
-    def _end_rate(self, waits: WaitTimes, index: int) -> float:
+    def _end_rate(self, waits: WaitTimes, population: WaitTimes, index: int) -> float:
         """Return the share of the waits reaching a class that end in it: its own, leaning on everybody's."""
-        population, weight = self._population, self._population_weight
+        weight = self._population_weight
         # One wait more that did not end: nothing is ever certain.
         usual = population.ended[index] / (population.reached[index] + 1.0)
         return (waits.ended[index] + weight * usual) / (waits.reached[index] + weight)
@@ -313,28 +340,35 @@ class SessionPredictor:
         index = int(WaitTimes.position(now - state.ended_at))
         if index > state.num_passed:
             state.waits.passed(state.num_passed, index, fade=_OWN_FADE)
-            self._population.passed(state.num_passed, index, fade=_POPULATION_FADE)
+            self._populations[state.kind].passed(state.num_passed, index, fade=_POPULATION_FADE)
             state.num_passed = index
 
     # ---------------------------------------------------------------------------------------- its own
 
     def _is_certain_enough(self, probability: float) -> bool:
-        correction = self._real_waste / self._expected_waste
-        return (1.0 - probability) * max(correction, 0.5) <= self._max_waste * 0.9
+        return 1.0 - probability <= _MARGIN * self._max_waste
+
+    def _fill_credit(self, now: float) -> None:
+        """Let time that has passed add to the credit."""
+        if self._credit_at is not None:
+            self._earn(max(0.0, now - self._credit_at) * _CREDIT_PER_S)
+        self._credit_at = now
+
+    def _earn(self, credit: float) -> None:
+        self._credit = min(_MOST_CREDIT, self._credit + credit)
 
     def _finish(self, session: SessionKey, state: _Session, outcome: PrefetchOutcome) -> None:
         fetch, state.fetch = state.fetch, None
         assert fetch is not None
         del self._fetches[session]
-        fade = 0.98
-        self._expected_waste = fade * self._expected_waste + (1.0 - fetch.probability)
-        self._real_waste *= fade
+        self._expected_waste -= 1.0 - fetch.probability
+        self._earn(_MARGIN * self._max_waste)
         if outcome is PrefetchOutcome.IN_TIME:
             self.counters.in_time += 1
         elif outcome is PrefetchOutcome.LATE:
             self.counters.late += 1
         else:
-            self._real_waste += 1.0
+            self._credit -= 1.0
             self.counters.wasted += 1
             self.counters.wasted_blocks += fetch.num_blocks
 

@@ -75,11 +75,13 @@ class Restorer:
         objects: Sequence[CacheObject],
         *,
         tier: str = "",
+        is_lossy: bool = False,
     ) -> tuple[list[Placed], int]:
         """Place full blocks ``first_block``, ``first_block + 1`` ... of a prompt, as far as there is room.
 
         Return the placed ones and how many of the objects are on the device now (some were there already).
-        Both are empty or 0 if what they follow has gone meanwhile.
+        Both are empty or 0 if what they follow has gone meanwhile. ``is_lossy``: they are not
+        what was stored, bit for bit; they and what is computed from them are marked so.
         """
         size, now = self._tree.block_size, self._clock.now()
         root = self._tree.root(namespace)
@@ -88,18 +90,25 @@ class Restorer:
             return [], 0
         anchor = path[-1] if path else root
         placed: list[Placed] = []
-        for index, stored in enumerate(objects, first_block):
-            packed = tokens[index * size : (index + 1) * size].tobytes()
-            if stored.tokens != packed or stored.key.kind is not ObjectKind.BLOCK:
-                return placed, index - first_block
-            child = self._tree.find_child(anchor, packed, None, now)
-            if child is None:
-                block = self._take(anchor)
-                if block is None:
+        self._tree.hold(anchor)  # so that making room evicts nothing of what leads here; handed down the path
+        try:
+            for index, stored in enumerate(objects, first_block):
+                packed = tokens[index * size : (index + 1) * size].tobytes()
+                if stored.tokens != packed or stored.key.kind is not ObjectKind.BLOCK:
                     return placed, index - first_block
-                child = self._add(anchor, block, packed, stored, now)
-                placed.append(Placed(stored, child, block, None, tier=tier))
-            anchor = child
+                child = self._tree.find_child(anchor, packed, None, now)
+                if child is None:
+                    block = self._take(anchor)
+                    if block is None:
+                        return placed, index - first_block
+                    child = self._add(anchor, block, packed, stored, now)
+                    child.is_lossy |= is_lossy
+                    placed.append(Placed(stored, child, block, None, tier=tier))
+                self._tree.hold(child)
+                self._reclaimer.drop(anchor)
+                anchor = child
+        finally:
+            self._reclaimer.drop(anchor)  # nobody else has ever held it: makes it a leaf to be evicted
         return placed, len(objects)
 
     def place_tail(
@@ -108,6 +117,8 @@ class Restorer:
         tokens: array[int],
         partial: CacheObject | None,
         logits: CacheObject,
+        *,
+        is_lossy: bool = False,
     ) -> list[Placed]:
         """Place the end of an exact prompt: its partial block, if it has one, and its last logits.
 
@@ -128,7 +139,10 @@ class Restorer:
             if block is not None:
                 node = self._tree.add_open(anchor, block, None)
                 node.packed = rest
+                node.is_lossy |= is_lossy
                 self._enter(node, partial, now)
+                self._tree.hold(node)
+                self._reclaimer.drop(node)
                 placed.append(Placed(partial, node, block, None))
         if logits.tokens == rest and logits.key.kind is ObjectKind.LOGITS:
             left = logits.expires_in_s
@@ -136,6 +150,7 @@ class Restorer:
             tail = self._tails.add(anchor, rest, None, now, expires_at=expires_at)
             if tail is not None:
                 tail.is_ready = True
+                tail.is_lossy = anchor.is_lossy or is_lossy
                 self.loading_tails.add(tail)
                 placed.append(Placed(logits, anchor, None, tail.slot, tail))
         return placed
@@ -177,6 +192,3 @@ class Restorer:
             node.limit_life(now + stored.expires_in_s)
         self._reclaimer.watch_lifetime(node)
         self.loading.add(node)
-        # Nobody has ever held it: let the eviction queue know of the leaf.
-        self._tree.hold(node)
-        self._reclaimer.drop(node)

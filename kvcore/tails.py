@@ -36,6 +36,8 @@ class Tail:
     expires_at: float | None = None
     is_ready: bool = False
     """False while the step that computes the logits is running."""
+    is_lossy: bool = False
+    """A lossy codec had a hand in what the logits were computed from."""
 
 
 class TailStore:

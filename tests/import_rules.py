@@ -25,6 +25,8 @@ TREE = (
     "kvcore.control",
     "kvcore.cursors",
     "kvcore.events",
+    "kvcore.filler",
+    "kvcore.finder",
     "kvcore.ghost",
     "kvcore.heat",
     "kvcore.index",

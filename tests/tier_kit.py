@@ -204,6 +204,28 @@ class TierContract:
         for stored in everything:
             assert_same(bring(tier, stored.key).found, stored)
 
+    def test_a_removed_prefix_takes_along_what_continues_it_and_nothing_else(self):
+        tier = self.tier()
+        chain = make_chain(4)
+        other = make_object([9, 9, 9, 9], parent=chain[0])
+        for stored in [*chain, other]:
+            store(tier, stored)
+        assert tier.remove_prefixes([chain[1].key.digest]) == 3
+        gone = [stored.key for stored in chain[1:]]
+        assert until(lambda: all(tier.lookup(key) is Presence.NO for key in gone))
+        assert tier.lookup(chain[0].key) is Presence.YES
+        assert tier.lookup(other.key) is Presence.YES
+
+    def test_a_removed_prefix_takes_along_what_is_still_being_written(self):
+        tier = self.tier()
+        chain = make_chain(3)
+        store(tier, chain[0])
+        for stored in chain[1:]:
+            ticket = tier.prepare(stored.key, len(stored.payload))
+            tier.complete(ticket, stored)
+        tier.remove_prefixes([chain[0].key.digest])
+        assert until(lambda: all(tier.lookup(stored.key) is Presence.NO for stored in chain))
+
     def test_presence_goes_from_no_over_coming_to_yes(self):
         tier = self.tier()
         stored = make_object()

@@ -86,6 +86,10 @@ class Health:
             self.retries += 1
             return True
 
+    def would_let_in(self) -> bool:
+        """Say whether ``may_try`` would say True; nobody is let in by asking."""
+        return self.is_available or self.retry_in_s() == 0.0
+
     def retry_in_s(self) -> float | None:
         """Return how long the back-off still lasts; None while CLOSED or while a retry is on its way."""
         with self._lock:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from kvcore.clock import Clock, MonotonicClock
 from kvcore.codec import Buffer, Codec, CodecError, CodecName, Divergence, NoCodec, codec_of
 from kvcore.keys import TOKEN_BYTES, PrefixDigest
+from kvcore.tiers.divergences import DivergenceLog
 from kvcore.tiers.fetches import FetchBoard, PendingFetch
 from kvcore.tiers.index import ForeignFile, IndexEntry, ObjectIndex
 from kvcore.tiers.interface import (
@@ -75,7 +75,7 @@ class HostTier:
         self._last_ticket = 0
         self._board = FetchBoard(self.name, clock=self._clock, on_ready=on_ready)
         self._counters = TierStats(max_bytes=max_bytes)
-        self._divergences: deque[tuple[ObjectKey, Divergence]] = deque(maxlen=_MAX_DIVERGENCES)
+        self._divergences = DivergenceLog(_MAX_DIVERGENCES)
         self._reads, self._writes = SpeedMeter(), SpeedMeter()
         self._is_closed = False
         self._workers: Workers | None = None
@@ -84,6 +84,10 @@ class HostTier:
             self._writes = self._reads
         else:
             self._workers = Workers("kv-host", num_readers=1)
+
+    @property
+    def is_lossy(self) -> bool:
+        return self._codec.is_lossy
 
     def lookup(self, key: ObjectKey) -> Presence:
         with self._lock:
@@ -194,10 +198,7 @@ class HostTier:
 
     def take_divergences(self) -> list[tuple[ObjectKey, Divergence]]:
         """Return what a lossy codec did to the objects stored since the last call (the latest)."""
-        with self._lock:
-            taken = list(self._divergences)
-            self._divergences.clear()
-            return taken
+        return self._divergences.take()
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless the index agrees with itself."""
@@ -239,8 +240,7 @@ class HostTier:
             self._contents[stored.key] = kept
             self._counters.stored += 1
             self._counters.stored_bytes += payload_bytes
-            if encoded.divergence is not None:
-                self._divergences.append((stored.key, encoded.divergence))
+            self._divergences.note(stored.key, encoded.divergence)
 
     def _decode(self, fetch: PendingFetch, kept: _Kept, left: float | None) -> None:
         if fetch.is_over:

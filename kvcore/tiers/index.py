@@ -92,10 +92,13 @@ class ObjectIndex:
         ]
 
     def below(self, digests: Iterable[PrefixDigest]) -> list[IndexEntry]:
-        """Return the entries of these prefixes and of all that continues them, the deepest first."""
+        """Return the entries of these prefixes and of all that continues them, the deepest first.
+
+        Those whose content is on its way, too; what is merely reserved is known by its own name alone.
+        """
         wanted = set(digests)
         chosen = []
-        for entry in sorted(self, key=lambda entry: entry.depth):
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.depth):
             if isinstance(entry.key, ObjectKey) and (entry.key.digest in wanted or entry.parent in wanted):
                 wanted.add(entry.key.digest)
                 chosen.append(entry)

@@ -214,6 +214,11 @@ class Tier(Protocol):
         """Say whether objects survive this process."""
         ...
 
+    @property
+    def is_lossy(self) -> bool:
+        """Say whether blocks may come back with other bits than they went down with, and count as such."""
+        ...
+
     def lookup(self, key: ObjectKey) -> Presence:
         """Say whether an object is there, from memory."""
         ...

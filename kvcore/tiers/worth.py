@@ -2,7 +2,7 @@
 
 Both sides are lines through few numbers, kept current by every real fetch and every real step::
 
-    fetch(bytes)          =  latency  +  bytes / bandwidth  +  overhead         per tier; overhead: the engine's
+    fetch(bytes)          =  latency  +  bytes / bandwidth  +  overhead         per tier, and the engine's own
     recompute(n, start)   =  linear * n  +  attention * n * (start + n / 2)     of this model
 
 The second term grows with the position because a token attends to everything before it. So a slow tier can

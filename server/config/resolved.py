@@ -46,7 +46,7 @@ class ServerConfig:
     disk_codec: str = "none"
     redis_codec: str = "none"
     restore: str = "auto"
-    session_prefetch: str = "on"
+    session_prefetch: str = "off"
     snapshots: Path | None = None
 
     max_model_length: int | None = None

@@ -168,7 +168,7 @@ SETTINGS: Mapping[str, Setting] = {
                 "session_prefetch",
                 one_of("on", "off"),
                 "MODE",
-                "bring sessions back before they are expected to return (default: on)",
+                "bring sessions back before they are expected to return (default: off)",
             ),
             (
                 "snapshots",

@@ -20,7 +20,7 @@ class TierOptions(msgspec.Struct, frozen=True, kw_only=True):
     redis_codec: str = "none"
     restore: str = "auto"
     """auto: bring blocks back when that is expected to be faster than computing them; always; never."""
-    prefetches_sessions: bool = True
+    prefetches_sessions: bool = False
     snapshot_root: str | None = None
 
     @property

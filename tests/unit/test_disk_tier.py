@@ -76,7 +76,7 @@ class Disk:
 
     def crash(self) -> None:
         """Let go of the folder as a process that died does: nothing is written at the end."""
-        self.tier._save = lambda: None  # type: ignore[method-assign]
+        self.tier._contents.save = lambda: None  # type: ignore[method-assign]
         self.close()
 
     def path(self, stored) -> Path:

@@ -324,6 +324,15 @@ def test_samples_of_a_private_request_share_and_the_last_one_cleans_up():
 # -- lifetimes --------------------------------------------------------------------------------------
 
 
+def test_a_few_copied_tokens_do_not_hand_on_their_lifetime():
+    """Everybody's prompts begin with the same token: one short lifetime used to reach all of them."""
+    kit = CacheKit()
+    kit.compute([5, 6, 7, 8], lifetime_s=10.0)
+    kit.compute([5, 1, 2, 3, 9])
+    kit.clock.advance(11.0)
+    assert kit.cached([5, 1, 2, 3, 9])[0] == 4
+
+
 def test_a_lifetime_counts_from_insertion_not_from_use():
     kit = CacheKit()
     kit.compute(A, lifetime_s=10.0)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvcore.ghost import GhostCache
+from kvcore.ghost import GhostCache, GhostEntry
 from kvcore.policies import ALIASES, POLICIES, ForesightPolicy, make_policy
 from kvcore.policies.reuse import AGES_S, ReuseModel, indices
 from tests.cache_kit import CacheKit
@@ -89,14 +89,98 @@ def test_cost_aware_keeps_deep_blocks_longer_than_shallow_ones():
     assert not is_kept(1)
 
 
-def test_s3fifo_lets_a_scan_pass_by():
+def test_s3fifo_lets_a_scan_pass_by_what_was_used_twice():
     cache = ghost("s3fifo", 20)
-    for _ in range(3):
+    for _ in range(2):
         for block in range(10):
             ask(cache, block)
     for number in range(100, 200):
         ask(cache, number)
     assert sum(ask(cache, block) for block in range(10)) == 10
+
+
+def test_s3fifo_keeps_what_comes_back_soon_after_it_was_evicted():
+    cache = ghost("s3fifo", 20)
+    for number in range(25):
+        ask(cache, number)
+    assert ask(cache, 0) == 0
+    for number in range(100, 200):
+        ask(cache, number)
+    assert ask(cache, 0) == 1
+
+
+def test_s3fifo_lets_a_long_path_go_in_as_many_rounds_as_a_single_block():
+    def num_rounds(depth: int) -> int:
+        cache = ghost("s3fifo", 20)
+        for _ in range(2):
+            ask(cache, *range(depth))
+        for number in range(100, 120):
+            ask(cache, number)  # the path moves to the main queue
+        for _ in range(3):
+            assert ask(cache, *range(depth)) == depth
+        rounds = 0
+        while 0 in first_keys(cache) and rounds < 50:
+            for number in range(18):  # all of these are used again: the main queue turns once
+                ask(cache, 1000 * rounds + 200 + number)
+                ask(cache, 1000 * rounds + 200 + number)
+            rounds += 1
+        return rounds
+
+    assert num_rounds(8) <= num_rounds(1)
+
+
+def first_keys(cache: GhostCache) -> list[object]:
+    """Return the first blocks of all paths."""
+    return [key for root in cache._roots.values() for key in root.children]
+
+
+def test_s3fifo_moves_what_was_used_again_to_the_main_queue_although_something_hangs_below():
+    policy = make_policy("s3fifo", capacity_blocks=10)
+    root = GhostEntry(None, "root", 0)
+    trunk, other = GhostEntry(root, "trunk", 0), GhostEntry(root, "other", 0)
+    leaf = GhostEntry(trunk, "leaf", 0)
+    root.num_children, trunk.num_children = 2, 1
+    policy.inserted(trunk, 0.0)
+    policy.opened([trunk], 32, 0.0)
+    policy.inserted(leaf, 0.0)
+    policy.inserted(other, 0.0)
+    assert policy.group_of(trunk) == policy.group_of(leaf)
+    policy.removed(other, 0.0, evicted=True)
+    assert policy.group_of(trunk) != policy.group_of(leaf)
+
+
+def test_s3fifo_gives_up_an_old_main_queue_while_a_trunk_is_in_use():
+    cache, trunk = ghost("s3fifo", 40), range(200, 210)
+    for number in range(20):
+        for _ in range(3):
+            ask(cache, number)
+    for number in range(50, 90):
+        ask(cache, number)
+    for number in range(1000, 1060):
+        ask(cache, *trunk, number)
+        ask(cache, 2 * number)
+        ask(cache, 2 * number)
+    assert not set(range(20)) & set(first_keys(cache))
+    assert ask(cache, *trunk) == 10
+
+
+def test_s3fifo_does_not_charge_a_trunk_for_every_leaf():
+    policy = make_policy("s3fifo", capacity_blocks=10)
+    root = GhostEntry(None, "root", 0)
+    trunk = GhostEntry(root, "trunk", 0)
+    leaves = [GhostEntry(trunk, number, 0) for number in range(2)]
+    root.num_children, trunk.num_children = 1, 2
+    for entry in (trunk, *leaves):
+        policy.inserted(entry, 0.0)
+    for leaf in leaves:
+        policy.opened([trunk, leaf], 32, 0.0)
+    assert [policy.gets_another_round(leaf) for leaf in leaves] == [True, True]  # to the main queue
+    policy.opened([trunk, leaves[0]], 32, 0.0)
+    assert policy.gets_another_round(leaves[0])
+    assert not any(map(policy.gets_another_round, leaves))
+    trunk.num_children = 0
+    assert policy.gets_another_round(trunk)
+    assert not policy.gets_another_round(trunk)
 
 
 def test_arc_lets_a_scan_pass_by():

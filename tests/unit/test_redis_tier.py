@@ -566,7 +566,7 @@ def test_closing_while_redis_hangs_takes_a_second_or_two(make_tier, proxy):
     started = time.monotonic()
     tier.close()
     assert time.monotonic() - started < 5
-    assert all(not thread.is_alive() for thread in tier._threads)
+    assert all(not worker.is_alive for worker in tier._workers)
 
 
 def test_speed_is_measured_at_start(make_tier):

@@ -64,7 +64,7 @@ def make_stack(clock, host, disk):
         stack.check_integrity()
         stack.close()
         stack.check_integrity()
-        assert not stack._batches
+        assert not stack.arrivals.batches
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_any_order_of_events_delivers_the_right_objects_and_leaks_nothing(
                 for key, found in zip(wanted, batch.take(len(wanted)), strict=True):
                     assert_same(found, by_key[key])
         stack.check_integrity()
-        assert stack.reserved_bytes <= max(stack._max_fetched_bytes, BLOCK)
+        assert stack.reserved_bytes <= max(stack.arrivals.max_fetched_bytes, BLOCK)
     host.is_held = disk.is_held = False
     clock.advance(100.0)
     stack.poll()
@@ -466,7 +466,7 @@ def test_any_order_of_events_delivers_the_right_objects_and_leaks_nothing(
     stack.poll()
     assert stack.is_idle
     assert stack.reserved_bytes == 0
-    assert not +stack._outstanding_bytes
+    assert not +stack.arrivals.outstanding_bytes
 
 
 def test_real_tiers_with_threads_bring_a_prefix_up(tmp_path):

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvcore.clock import Clock
+from kvcore.index import digest_of
+from kvcore.keys import NamespaceKey, pack_tokens
+from kvcore.node import NodeState
 from kvcore.prefetch import SessionPredictor
 from kvcore.tiers.host import HostTier
-from kvcore.tiers.interface import ObjectFormat, ObjectKey, Presence
+from kvcore.tiers.interface import Fetched, ObjectFormat, ObjectKey, ObjectKind, Presence, StoreTicket
 from kvcore.tiers.stack import TierStack
 from kvcore.tiers.worth import Worth
-from server.engine.messages import Finished
-from server.engine.tiering.restorations import ASK_S
+from server.engine.cache_ops.interface import OperationRefused
+from server.engine.messages import Failed, Finished
+from server.engine.options import TierOptions
+from server.engine.tiering.offload import BUSY_ENTRIES_PER_STEP, PATIENCE_S
+from server.engine.tiering.restorations import ASK_S, LOOKUPS_PER_STEP, MAX_ASK_HOLD_S
 from server.engine.tiering.sessions import SessionPrefetch
+from server.engine.tiering.snapshots import Snapshots, _Writer
 from server.engine.tiering.tiering import Tiering
+from server.engine.tiering.view import EngineTierView
+from server.engine.tiering.wanted import block_object
 from tests.property.engine_world import World
 
 MANY = 1 << 20
@@ -261,7 +274,7 @@ def test_a_session_is_back_before_it_returns() -> None:
     world = make_world(lasting, num_blocks=64)
     tiering = world.tiering
     assert tiering is not None
-    predictor = SessionPredictor(population_minimum=4.0, window_s=30.0)
+    predictor = SessionPredictor(population_minimum=4.0, window_s=30.0, max_waste=0.4)
     tiering.sessions = SessionPrefetch(world.scheduler.cache, tiering.for_sessions, predictor)
     talk = prompt(1, 17)
     others = random.Random(1)
@@ -279,3 +292,344 @@ def test_a_session_is_back_before_it_returns() -> None:
     assert in_time > 0
     assert tiering.for_sessions.counters.used_blocks > 0
     assert predictor.counters.in_time > 0
+
+
+class LossyTier(LastingTier):
+    """Says of everything that it went through a lossy codec; gives the same bits, so that tokens are right."""
+
+    @property
+    def is_lossy(self) -> bool:
+        return True
+
+    def poll(self) -> list[Fetched]:
+        return [replace(fetched, is_lossy=True) for fetched in super().poll()]
+
+
+class StalledTier(LastingTier):
+    """Takes whatever it is asked for, and never answers."""
+
+    is_stalled = False
+
+    def poll(self) -> list[Fetched]:
+        return [] if self.is_stalled else super().poll()
+
+
+class UnwillingTier(LastingTier):
+    """Has no room, ever; counts who asks."""
+
+    num_asked = 0
+
+    def prepare(self, key: ObjectKey, num_bytes: int) -> StoreTicket | None:
+        self.num_asked += 1
+        return None
+
+
+def pair_of(made: type[HostTier]) -> Tiers:
+    return lambda object_format, clock: (
+        made(object_format, MANY, clock=clock),
+        made(object_format, MANY, clock=clock),
+    )
+
+
+def tiers_of(world: World) -> tuple[HostTier, HostTier]:
+    assert world.tiering is not None
+    blocks, tails = world.tiering.blocks.tiers[0], world.tiering.tails.tiers[0]
+    assert isinstance(blocks, HostTier)
+    assert isinstance(tails, HostTier)
+    return blocks, tails
+
+
+def test_what_came_back_lossy_never_goes_down_as_exact() -> None:
+    first = make_world(pair_of(LossyTier))
+    run(first, prompt(1))
+    lossy_blocks, lossy_tails = tiers_of(first)
+    exact: list[HostTier] = []
+
+    def make(world: World) -> Tiering:
+        object_format, worth = world.runner.object_format, Worth()
+
+        def stack(below: HostTier) -> TierStack:
+            exact.append(HostTier(object_format, MANY, clock=world.clock))
+            return TierStack([exact[-1], below], object_format, worth=worth, clock=world.clock)
+
+        return Tiering(
+            world.scheduler.cache,
+            blocks=stack(lossy_blocks),
+            tails=stack(lossy_tails),
+            object_format=object_format,
+            worth=worth,
+            clock=world.clock,
+        )
+
+    second = World(num_blocks=8, block_size=4, tiers=make)
+    longer = [*prompt(1), 2, 1, 2, 0, 0, 1, 1]
+    again = run(second, longer)
+    assert again.usage.restored_tokens == 16
+    restored = second.scheduler.cache.control.path_of(NamespaceKey(""), pack_tokens(longer))
+    names = [ObjectKey(digest_of(node), ObjectKind.BLOCK) for node in restored]
+    assert len(names) == 6
+    assert all(node.is_lossy for node in restored), "what was computed from them, too"
+    push_out(second)
+    assert [exact[0].lookup(name) for name in names] == [Presence.NO] * 6
+    assert [lossy_blocks.lookup(name) for name in names] == [Presence.YES] * 6
+    assert exact[0].stats().num_objects > 0, "the others are exact"
+    ends = {bytes(name.digest) for name in names}
+    for tails in (exact[1], lossy_tails):
+        assert not [key for key in tails.keys() if key.kind is ObjectKind.LOGITS and key.digest in ends]
+    new_tails = [key for key in lossy_tails.keys() if key.kind is ObjectKind.LOGITS]
+    assert len(new_tails) == 1 + 2, (
+        "that of the first server, and those of the two prompts that pushed it out"
+    )
+
+
+def test_a_tier_that_never_answers_delays_nobody_for_longer_than_computing_takes() -> None:
+    worth = Worth()
+    world = make_world(pair_of(StalledTier), worth=worth)
+    run(world, prompt(1))
+    push_out(world)
+    for _ in range(50):
+        worth.observe_recompute(16, 0, 0.4)
+        worth.observe_fetch("disk", 512, 0.001)
+    for tier in tiers_of(world):
+        assert isinstance(tier, StalledTier)
+        tier.is_stalled = True
+    began = world.clock.now()
+    again = run(world, prompt(1))
+    assert again.usage.restored_tokens == 0
+    assert again.timings.restore is not None
+    assert again.timings.restore.decision == "fetch"
+    assert world.clock.now() - began < 0.4 + MAX_ASK_HOLD_S + 0.05
+    assert world.tiering is not None
+    assert not world.tiering.restorations.is_busy
+
+
+def test_even_an_endless_batch_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    worth = Worth()
+    world = make_world(pair_of(StalledTier), worth=worth)
+    run(world, prompt(1))
+    push_out(world)
+    for _ in range(50):
+        worth.observe_recompute(16, 0, 0.4)
+    for tier in tiers_of(world):
+        assert isinstance(tier, StalledTier)
+        tier.is_stalled = True
+    assert world.tiering is not None
+    fetch = world.tiering.blocks.fetch
+    monkeypatch.setattr(world.tiering.blocks, "fetch", lambda *a, **k: fetch(*a, **{**k, "timeout_s": 1e9}))
+    began = world.clock.now()
+    run(world, prompt(1))
+    assert world.clock.now() - began < 0.4 + MAX_ASK_HOLD_S + 0.05
+
+
+def test_what_was_removed_while_it_was_coming_up_stays_away() -> None:
+    for remove in ("all", "namespace", "digests"):
+        world = make_world(host)
+        run(world, prompt(1))
+        push_out(world)
+        tiering = world.tiering
+        assert tiering is not None
+        world.submit(prompt(1), 2)
+        assert not tiering.restorations.advance(is_computing=False), "asked for, and not taken yet"
+        assert not tiering.blocks.is_idle
+        view = EngineTierView(
+            tiering, Snapshots(None, tiering.cache, tiering, object_format=world.runner.object_format),
+            options=TierOptions(host_bytes=MANY), object_format=world.runner.object_format,
+        )  # fmt: skip
+        seed = NamespaceKey("").seed()
+        (waiting,) = tiering.restorations._active
+        if remove == "all":
+            view.remove()
+        elif remove == "namespace":
+            view.remove(namespace=seed)
+        else:
+            view.remove(digests=[waiting.digests[1]])
+        world.finish()
+        assert world.scheduler.counters.restored_tokens == 0, remove
+        assert tiering.blocks.is_idle or not tiering.blocks.poll() or tiering.blocks.is_idle
+
+
+def test_what_a_failed_request_entered_is_taken_back_from_tiers() -> None:
+    failing: list[bool] = []
+
+    def make(world: World) -> Tiering:
+        blocks, tails = lasting(world.runner.object_format, world.clock)
+        object_format, worth = world.runner.object_format, Worth()
+        return Tiering(
+            world.scheduler.cache,
+            blocks=TierStack([blocks], object_format, worth=worth, clock=world.clock),
+            tails=TierStack([tails], object_format, worth=worth, clock=world.clock),
+            object_format=object_format,
+            worth=worth,
+            clock=world.clock,
+        )
+
+    world = World(num_blocks=32, block_size=4, tiers=make, fails=lambda part: bool(failing))
+    run(world, prompt(2))
+    before = tiers_of(world)[0].stats().num_objects
+    key = world.submit(prompt(1, 41), 20)
+    while not world.told[key].tokens[0]:
+        world.step()
+    for _ in range(4):
+        world.step()
+    assert tiers_of(world)[0].stats().num_objects > before + 8, "written behind while it runs"
+    failing.append(True)
+    world.finish()
+    assert isinstance(world.told[key].terminal, Failed)
+    assert tiers_of(world)[0].stats().num_objects == before
+    failing.clear()
+    assert run(world, prompt(1, 41)).usage.restored_tokens == 0
+
+
+def test_a_lifetime_runs_on_while_an_object_is_on_its_way() -> None:
+    world = make_world(pair_of(StalledTier), mode="always")
+    born = world.clock.now()
+    run(world, prompt(1), lifetime_s=10.0)
+    push_out(world)
+    world.clock.advance(6.0)
+    world.submit(prompt(1), 2)
+    for tier in tiers_of(world):
+        assert isinstance(tier, StalledTier)
+        tier.is_stalled = True
+    world.step()
+    world.clock.advance(3.0)
+    for tier in tiers_of(world):
+        assert isinstance(tier, StalledTier)
+        tier.is_stalled = False
+    world.finish()
+    assert world.scheduler.counters.restored_tokens == 16
+    restored = world.scheduler.cache.control.path_of(NamespaceKey(""), pack_tokens(prompt(1)))
+    lives = [node.expires_at for node in restored[:4]]
+    assert all(end is not None and end <= born + 10.1 for end in lives), lives
+
+
+def test_write_behind_that_nobody_takes_costs_a_bounded_part_of_a_step() -> None:
+    world = make_world(pair_of(UnwillingTier), num_blocks=2000)
+    assert world.tiering is not None
+    offloader = world.tiering.offloader
+    run(world, prompt(1))
+    nodes = [node for node in world.scheduler.cache.tree.iterate() if node.state is NodeState.READY]
+    for _ in range(2000):
+        offloader.stored(nodes)
+    blocks, _ = tiers_of(world)
+    assert isinstance(blocks, UnwillingTier)
+    world.clock.advance(PATIENCE_S)
+    offloader.collect(is_computing=True)
+    world.clock.advance(PATIENCE_S)
+    blocks.num_asked = 0
+    offloader.collect(is_computing=True)
+    assert 0 < blocks.num_asked <= BUSY_ENTRIES_PER_STEP
+    for _ in range(200):
+        world.clock.advance(0.01)
+        offloader.collect(is_computing=False)
+    assert not offloader.has_work, "given up in the end"
+
+
+def test_looking_into_tiers_costs_a_bounded_part_of_a_step() -> None:
+    world = make_world(lasting, num_blocks=2000)
+    long = [random.Random(0).randrange(3) for _ in range(1)] + [1, 2, 0] * 900
+    run(world, long)
+    second = make_world(tiers_of(world), num_blocks=2000)
+    looked: list[int] = []
+    blocks, _ = tiers_of(second)
+    lookup = blocks.lookup
+    blocks.lookup = lambda key: looked.append(1) or lookup(key)  # type: ignore[func-returns-value,method-assign]
+    for number in range(40):
+        second.submit([*long, number % 3, number // 3 % 3, number // 9 % 3], 1)
+    most = 0
+    while second.scheduler.has_work:
+        looked.clear()
+        plan = second.scheduler.plan()
+        most = max(most, len(looked))
+        if plan is not None:
+            second.scheduler.apply(plan, second.runner.run(plan))
+        second.hear()
+        second.clock.advance(0.001)
+    assert second.scheduler.counters.restored_tokens > 2000
+    # Two budgets of lookups, what fetches ask again, and what is written behind.
+    assert most < 2 * LOOKUPS_PER_STEP + 2 * 64 + 3 * 64
+
+
+def test_waiting_prompts_are_not_copied_for_tiers() -> None:
+    world = make_world(host)
+    key = world.submit(prompt(1), 2)
+    (sequence,) = world.scheduler._book.requests[key].sequences
+    assert sequence.restoration is not None
+    assert sequence.restoration.tokens is sequence.tokens
+
+
+def test_who_left_before_anybody_looked_is_forgotten_at_once() -> None:
+    world = make_world(host)
+    keys = [world.submit(prompt(1), 2) for _ in range(100)]
+    for key in keys:
+        world.cancel(key)
+    assert world.tiering is not None
+    assert not world.tiering.restorations.is_busy
+
+
+def test_a_snapshot_whose_disk_is_stuck_does_not_stop_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def stuck(*_: object, **__: object) -> None:
+        assert may_go_on.wait(60)
+
+    monkeypatch.setattr("server.engine.tiering.snapshots.write_snapshot", stuck)
+    world = make_world(host, num_blocks=64)
+    run(world, prompt(1, 200))
+    assert world.tiering is not None
+    snapshots = Snapshots(
+        tmp_path, world.scheduler.cache, world.tiering, object_format=world.runner.object_format
+    )
+    work = snapshots.save("monday", namespace=None, replace=False)
+    try:
+        for _ in range(20):
+            next(work)
+            world.step()
+        began = time.monotonic()
+        work.close()
+        assert time.monotonic() - began < 5, "the thread is left behind"
+        with pytest.raises(OperationRefused, match="still being ended"):
+            snapshots.save("monday", namespace=None, replace=False)
+    finally:
+        may_go_on.set()
+
+
+def test_a_snapshot_whose_thread_breaks_ends_with_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("server.engine.tiering.snapshots.write_snapshot", broken)
+    world = make_world(host, num_blocks=64)
+    run(world, prompt(1, 200))
+    assert world.tiering is not None
+    snapshots = Snapshots(
+        tmp_path, world.scheduler.cache, world.tiering, object_format=world.runner.object_format
+    )
+    work = snapshots.save("monday", namespace=None, replace=False)
+    with pytest.raises(OperationRefused):
+        for _ in range(1000):
+            next(work)
+            world.step()
+
+
+def test_the_end_of_a_snapshot_is_said_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    monkeypatch.setattr("server.engine.tiering.snapshots.write_snapshot", lambda *_, **__: may_go_on.wait(60))
+    world = make_world(host)
+    run(world, prompt(1))
+    assert world.tiering is not None
+    node = next(n for n in world.scheduler.cache.tree.iterate() if n.state is NodeState.READY)
+    stored = block_object(node).with_payload(bytes(world.runner.object_format.bytes_per_block), 0.0)
+    writer = _Writer(tmp_path / "x", world.runner.object_format, 1, 0.0)
+    try:
+        while writer.has_room:
+            writer.put(stored)
+        assert not writer.finish(), "and the engine goes on meanwhile"
+    finally:
+        may_go_on.set()
+        writer.stop()
