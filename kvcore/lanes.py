@@ -145,6 +145,9 @@ class EvictionLanes:
         self._released = _by_recency(policy.capacity_blocks)
         self._soft = _by_recency(policy.capacity_blocks)
         self._own.clear()
+        nodes = list(nodes)
+        for node in nodes:  # what another policy, or another one of this name, has kept of it
+            node.mark = None
         for node in nodes:
             self.offer(node)
 

@@ -137,21 +137,23 @@ class EvictionQueue(Generic[LeafT]):
     def _pop_least(self, now: float) -> LeafT | None:
         """Take the leaf of least worth off the list and return it."""
         policy = self._policy
-        if policy.num_groups > 1 and not self._is_ranked(now):
+        has_several = policy.num_groups > 1
+        if has_several and not self._is_ranked(now):
             self._rank(now)
         while True:
-            group = self._least_group(now) if policy.num_groups > 1 else 0
-            if group is None or (head := self._settled_head(group)) is None:
+            group = self._least_group(now) if has_several else self._only_group()
+            if group is None:
                 return None
-            heapq.heappop(self._heaps[group])
+            head = heapq.heappop(self._heaps[group])[3]  # settled: the group was just looked at
             del self._listed[head]
-            if policy.gets_another_round(head):
-                self._push(head)
-                head = None
-            if policy.num_groups > 1:
-                self._rank_group(group, now)
-            if head is not None:
+            if has_several:
+                self._unranked.add(group)  # later, when the leaf's parent may have become the head
+            if not policy.gives_rounds or not policy.gets_another_round(head):
                 return head
+            self._push(head)
+
+    def _only_group(self) -> int | None:
+        return None if self._settled_head(0) is None else 0
 
     # Of several groups, ``_ranking`` is a heap of (worth, group, head). What was said of another head than
     # the present one is dead, and every change of a head is followed by a new entry.

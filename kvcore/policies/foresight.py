@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from kvcore.ghost import GhostCache
 from kvcore.policies.interface import Entry, EvictionPolicy, digest_of
-from kvcore.policies.lru import LruPolicy
+from kvcore.policies.lru_ghost import LruGhost
 from kvcore.policies.reuse import NUM_CELLS, Record, ReuseModel
 
 __all__ = ["ForesightPolicy"]
@@ -142,7 +142,7 @@ class Duel:
         self._one_in = max(1, round(capacity_blocks / self._stride / DUEL_ENTRIES))
         size = max(1, round(capacity_blocks / self._stride / self._one_in))
         self._ours = GhostCache(ModelPolicy(model, capacity_blocks=size), capacity_blocks=size)
-        self._lru = GhostCache(LruPolicy(capacity_blocks=size), capacity_blocks=size)
+        self._lru = LruGhost(capacity_blocks=size)
         self._size = size
         self._caution = 1.0
         self._mean_blocks = 0.0
@@ -159,7 +159,7 @@ class Duel:
             return
         now, sample = self._model.now, records[self._stride - 1 :: self._stride]
         ours = self._ours.request(0, sample, now, num_tokens=0)
-        theirs = self._lru.request(0, sample, now, num_tokens=0)
+        theirs = self._lru.request(sample)
         self._mean_blocks += (len(sample) - self._mean_blocks) * 0.01
         self._judge(ours - theirs, num_found // self._stride - theirs)
 

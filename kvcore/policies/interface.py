@@ -62,6 +62,8 @@ class EvictionPolicy(ABC):
     description: ClassVar[str]
     """One line for people who choose."""
     num_groups: int = 1
+    gives_rounds: ClassVar[bool] = False
+    """Whether ``gets_another_round`` is ever true: asked once for each leaf that goes, it is not for free."""
     worth_lifetime_s: float = 0.0
     """For how long a worth that was asked for may be used; the heads may change meanwhile."""
     epoch: int = 0

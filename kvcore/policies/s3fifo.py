@@ -46,6 +46,7 @@ class S3FifoPolicy(EvictionPolicy):
 
     name = "s3fifo"
     description = "S3-FIFO: a small queue for what is new, a main one for what was used again"
+    gives_rounds = True
     num_groups = 2
 
     def __init__(self, *, capacity_blocks: int, block_tokens: int = 16) -> None:

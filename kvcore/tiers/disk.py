@@ -48,6 +48,7 @@ from kvcore.tiers.interface import (
     TierStats,
 )
 from kvcore.tiers.objects import CHECKSUM_BYTES, HEADER_BYTES
+from kvcore.tiers.outages import OutageLog
 from kvcore.tiers.workers import Workers
 
 __all__ = ["DiskTier"]
@@ -77,19 +78,23 @@ class DiskTier:
         max_queued_reads: int = 1024,
         max_pending_bytes: int = 64 << 20,
         stuck_after_s: float = 1.0,
+        outages: OutageLog | None = None,
     ) -> None:
         """Open the folder and learn what is in it; ``on_progress(done, total)`` tells how far that is.
 
         ``max_pending_bytes``: payloads that may wait to be written. ``stuck_after_s``: a read that takes
-        longer while fetches time out makes the tier back off. Raises ``TierStartError`` for a folder that
-        cannot be used.
+        longer while fetches time out makes the tier back off. ``outages`` is shared by the parts of a tier.
+        Raises ``TierStartError`` for a folder that cannot be used.
         """
         self._format = object_format
         self._codec = codec = codec or NoCodec()
         files, clock = files or Files(), clock or MonotonicClock()
         self._board = FetchBoard(self.name, clock=clock, on_ready=on_ready)
         self._folder = DiskFolder(Path(path), object_format, files)
-        write_health = Health(clock, seed=1)
+        health, write_health = Health(clock), Health(clock, seed=1)
+        outages = outages or OutageLog(self.name)
+        outages.watch(health, "reading")
+        outages.watch(write_health, "writing")
         self._contents = DiskContents(
             self._folder,
             object_format,
@@ -110,7 +115,7 @@ class DiskTier:
             self._contents,
             self._board,
             codec,
-            health=Health(clock),
+            health=health,
             submit_read=self._workers.submit_read,
             stuck_after_s=stuck_after_s,
         )

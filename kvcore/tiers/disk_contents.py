@@ -64,8 +64,6 @@ class DiskContents:
 
     def note_fault(self, health: Health, fault: str) -> None:
         """Leave one direction alone for a while."""
-        if health.is_available:
-            log.warning("disk tier: %s; left alone for a while", fault)
         self.last_fault = fault
         health.failed(fault)
 

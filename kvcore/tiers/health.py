@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from enum import Enum
 
 from kvcore.clock import Clock
@@ -62,6 +63,8 @@ class Health:
         """CLOSED to OPEN, failed retries not counted."""
         self.retries = 0
         self.last_fault: str | None = None
+        self.on_change: Callable[[], None] | None = None
+        """Called after it became available, or ceased to be, by the thread that made it so."""
 
     @property
     def state(self) -> HealthState:
@@ -105,9 +108,12 @@ class Health:
         with self._lock:
             if self._state is HealthState.OPEN:
                 return
+            has_changed = self._state is not HealthState.CLOSED
             self._state = HealthState.CLOSED
             self._failures_in_a_row = 0
             self._backoff_s = self._first_backoff_s
+        if has_changed:
+            self._tell()
 
     def failed(self, fault: str) -> None:
         """Note a failure that is the tier's own. ``fault`` is for operators: no path, address or secret."""
@@ -117,7 +123,8 @@ class Health:
             self._failures_in_a_row += 1
             if self._state is HealthState.OPEN:
                 return  # a straggler's failure does not lengthen the back-off
-            if self._state is HealthState.HALF_OPEN:
+            has_changed = self._state is HealthState.CLOSED
+            if not has_changed:
                 self._backoff_s = min(2 * self._backoff_s, self._max_backoff_s)
             elif self._failures_in_a_row < self._failures_to_open:
                 return
@@ -126,6 +133,12 @@ class Health:
             self._state = HealthState.OPEN
             spread = 1 + self._jitter * (2 * self._random.random() - 1)
             self._retry_at = self._clock.now() + self._backoff_s * spread
+        if has_changed:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def __repr__(self) -> str:
         return f"Health({self._state.value} failures={self.failures} backoff={self._backoff_s:g}s)"

@@ -8,6 +8,7 @@ import pytest
 
 from kvcore.ghost import GhostCache
 from kvcore.policies import LruPolicy
+from kvcore.policies.lru_ghost import LruGhost
 from tests.cache_kit import CacheKit
 
 
@@ -85,3 +86,14 @@ def test_a_ghost_hits_about_what_the_real_cache_hits():
         ghostly += ask(cache, *blocks, now=float(step))
     assert real > 500
     assert ghostly == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 17, 60])
+def test_the_cheap_ghost_of_lru_decides_as_the_tree_does(capacity: int):
+    dice = random.Random(capacity)
+    cheap, tree = LruGhost(capacity_blocks=capacity), ghost(capacity)
+    for _ in range(2000):
+        path = [dice.randrange(3) for _ in range(dice.randrange(1, 12))]
+        prefixes = [tuple(path[: end + 1]) for end in range(len(path))]  # its keys name whole prefixes
+        assert cheap.request(prefixes) == ask(tree, *path)
+        assert len(cheap) == tree.num_entries

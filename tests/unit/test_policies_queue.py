@@ -15,6 +15,7 @@ class ByHand(EvictionPolicy):
     name = "by-hand"
     description = "for tests"
     num_groups = 3
+    gives_rounds = True
 
     def __init__(self, *worths: float, lifetime_s: float = 0.0) -> None:
         super().__init__(capacity_blocks=100)
@@ -69,11 +70,11 @@ def test_worths_are_asked_again_when_their_time_is_over_or_the_policy_says_so():
     queue = queue_of(policy, leaves(*((group, order) for group in range(3) for order in range(3))))
     assert queue.pop(0.0).key == (0, 0)
     policy.worths = [3.0, 1.0, 2.0]
-    assert queue.pop(5.0).key == (0, 1)  # as told at 0 s
-    assert queue.pop(11.0).key == (1, 0)
+    assert queue.pop(5.0).key == (1, 0)  # worth 2 as told at 0 s; the new head of group 0 is asked now: 3
+    assert queue.pop(11.0).key == (1, 1)
     policy.worths = [0.0, 1.0, 2.0]
     policy.epoch += 1
-    assert queue.pop(12.0).key == (0, 2)
+    assert queue.pop(12.0).key == (0, 1)
 
 
 def test_one_worth_is_asked_for_each_eviction_while_worths_stay_good():

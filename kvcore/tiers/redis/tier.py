@@ -35,6 +35,7 @@ from kvcore.tiers.interface import (
     StoreTicket,
     TierStats,
 )
+from kvcore.tiers.outages import OutageLog
 from kvcore.tiers.redis.link import RedisLink
 from kvcore.tiers.redis.options import RedisOptions
 from kvcore.tiers.redis.reads import RedisReads
@@ -59,8 +60,11 @@ class RedisTier:
         options: RedisOptions | None = None,
         clock: Clock | None = None,
         on_ready: Callable[[], None] | None = None,
+        outages: OutageLog | None = None,
     ) -> None:
         """Dial and measure once, for a second or two at most; a Redis that is not there is tried again later.
+
+        ``outages`` is shared by the parts of a tier.
 
         Raises:
             TierStartError: the URL cannot work, whatever Redis does.
@@ -70,6 +74,9 @@ class RedisTier:
         codec = codec or NoCodec()
         self._is_lossy = codec.is_lossy
         self._shared = shared = RedisShared(object_format, codec, options=options, clock=clock)
+        outages = outages or OutageLog(self.name)
+        outages.watch(shared.health)
+        outages.watch(shared.write_health, "writing")
         self._board = FetchBoard("redis", clock=clock)
         self._reads = RedisReads(shared, self._board)
         self._writes = RedisWrites(shared)
