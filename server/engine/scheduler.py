@@ -349,7 +349,8 @@ class Scheduler:
         request = sequence.request
         if not request.was_admitted:
             if sequence.may_read:
-                self.cache.count_request(lease, restored_tokens=request.restored_tokens)
+                restore_s = 0.0 if request.restore is None else request.restore.wait_s
+                self.cache.count_request(lease, restored_tokens=request.restored_tokens, restore_s=restore_s)
             self._book.admit(request, lease.match, now)
 
     def _extend(self, sequence: Sequence, lease: Lease, count: int) -> None:
@@ -365,6 +366,10 @@ class Scheduler:
 
     def _cost(self, start: int, stop: int) -> float:
         """Return what computing positions ``[start, stop)`` takes, as measured over recent steps."""
+        if self._tiering is not None:
+            measured_s = self._tiering.worth.recompute_s(stop - start, start)
+            if measured_s is not None:
+                return measured_s
         return (stop - start) * self._waiting.queue.seconds_per_token
 
     def _stop_running(self, sequence: Sequence) -> None:
@@ -428,7 +433,10 @@ class Scheduler:
         """End a request with an error. What it computed is not left behind."""
         if request.key not in self._book.requests:
             return
-        self.cache.discard([s.lease for s in request.sequences if s.lease is not None])
+        leases = [s.lease for s in request.sequences if s.lease is not None]
+        if self._tiering is not None:
+            self._tiering.spoiled(leases)
+        self.cache.discard(leases)
         for sequence in request.sequences:
             sequence.lease = None
             self._end(sequence)

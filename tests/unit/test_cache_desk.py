@@ -53,7 +53,7 @@ class Shelf:
     """A tier that has a few objects, in a dictionary."""
 
     has: dict[bytes, str] = field(default_factory=dict)
-    lifetimes: list[tuple[int, float | None]] = field(default_factory=list)
+    renewed: list[int] = field(default_factory=list)
 
     def blocks_of(self, digests):
         found: dict[str, int] = {}
@@ -71,8 +71,8 @@ class Shelf:
             del self.has[digest]
         return len(doomed)
 
-    def set_lifetime(self, digests, lifetime_s):
-        self.lifetimes.append((len(digests), lifetime_s))
+    def renew(self, nodes):
+        self.renewed.append(len(nodes))
 
     def reports(self):
         return []
@@ -313,13 +313,24 @@ def test_looking_a_prompt_up_touches_nothing():
     before = [(n, n.last_used, n.hits, n.heat) for n in office.cache.tree.iterate()]
     found = office.ask(LookUpPrefix(ref(A, B, [5, 6])))
     assert (found.cached_block_tokens, found.cached_partial_tokens, found.is_exact) == (8, 2, True)
-    assert found.prefix_id == office.id_of([*A, *B])
-    by_id = office.ask(LookUpPrefix(PrefixRef(prefix_id=found.prefix_id)))
+    beginning = office.ask(LookUpPrefix(ref(A, B, [5, 7])))  # a part of the last block agrees
+    assert (beginning.cached_partial_tokens, beginning.prefix_id) == (1, office.id_of([*A, *B]))
+    by_id = office.ask(LookUpPrefix(PrefixRef(prefix_id=beginning.prefix_id)))
     assert (by_id.prompt_tokens, by_id.cached_block_tokens) == (8, 4)  # no logits end here
+    assert by_id.prefix_id == beginning.prefix_id
     nothing = office.ask(LookUpPrefix(ref(D, salt="new")))
     assert (nothing.cached_block_tokens, nothing.prefix_id) == (0, "")
     assert [(n, n.last_used, n.hits, n.heat) for n in office.cache.tree.iterate()] == before
     assert office.cache.tree.spaces.get(NamespaceKey("model", salt="new")) is None
+
+
+def test_what_looks_a_prompt_up_names_it_as_a_pin_does():
+    office = Office()
+    office.compute([*A, *B, 5, 6])
+    for prompt in ((A, B, [5, 6]), (A, B, [5]), (A, B), (A, B, [5, 7]), (A, D)):
+        found = office.ask(LookUpPrefix(ref(*prompt)))
+        pinned = office.ask(PinPrefix(ref(*prompt), PinType.SOFT))
+        assert found.prefix_id == pinned.prefix_id, prompt
 
 
 # -- naming -----------------------------------------------------------------------------------------
@@ -391,7 +402,7 @@ def test_a_lifetime_reaches_the_copies_in_tiers():
     office = Office(tiers=shelf)
     office.compute([*A, *B], lifetime_s=5.0)
     assert office.ask(SetLifetime(ref(A, B), 50.0)).num_blocks == 2
-    assert shelf.lifetimes == [(2, 50.0)]
+    assert shelf.renewed == [2]
     refusal = office.refused(SetLifetime(ref(A, B), -1.0))
     assert (refusal.kind, refusal.field) == (AdminErrorKind.INVALID, "lifetime")
     assert office.refused(SetLifetime(ref(A, C), 1.0)).kind is AdminErrorKind.NOT_FOUND
@@ -429,7 +440,9 @@ def test_an_evicted_prefix_takes_along_what_leads_nowhere_else():
     assert office.ask(EvictPrefixes(subtree=ref(A, B, C))) == Evicted(3, 0, 0)
     office.compute([*A, *B])
     office.compute([*A, *C])
-    assert office.ask(EvictPrefixes(subtree=ref(A, B))) == Evicted(1, 0, 0), "the other branch needs the first"
+    assert office.ask(EvictPrefixes(subtree=ref(A, B))) == Evicted(1, 0, 0), (
+        "the other branch needs the first"
+    )
 
 
 def test_eviction_reaches_tiers_unless_told_otherwise():

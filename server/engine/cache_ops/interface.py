@@ -15,6 +15,7 @@ from typing import Protocol
 from kvcore.clock import Clock
 from kvcore.keys import NamespaceKey, PrefixDigest
 from kvcore.manager import CacheManager
+from kvcore.node import Node
 from kvcore.spaces import Space
 from server.engine.admin_messages import (
     AdminErrorKind,
@@ -85,8 +86,8 @@ class TierView(Protocol):
         """
         ...
 
-    def set_lifetime(self, digests: Sequence[PrefixDigest], lifetime_s: float | None) -> None:
-        """Let copies of these blocks live for so long from now; None: without end."""
+    def renew(self, nodes: Sequence[Node]) -> None:
+        """Write the copies of these blocks anew: their lifetime is another, or they were removed."""
         ...
 
     def reports(self) -> list[TierReport]:
@@ -123,7 +124,7 @@ class NoTiers:
     ) -> int:
         return 0
 
-    def set_lifetime(self, digests: Sequence[PrefixDigest], lifetime_s: float | None) -> None:
+    def renew(self, nodes: Sequence[Node]) -> None:
         return None
 
     def reports(self) -> list[TierReport]:

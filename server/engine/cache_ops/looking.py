@@ -75,18 +75,15 @@ def look_up_prefix(context: OperationContext, op: LookUpPrefix) -> Operation:
         space, tokens = context.namespace(ref.salt), pack_tokens(ref.token_ids)
     match = cache.lookup(space, tokens)
     num_blocks = match.block_tokens // cache.block_size
-    prefix_id = ""
-    root = cache.tree.roots.get(space)
-    if root is not None and num_blocks:
-        path = cache.tree.walk(root, tokens, match.block_tokens, None, context.clock.now())
-        prefix_id = digest_of(path[-1]).hex()
+    # The name that a pin would give it.
+    end = cache.control.locate(space, tokens).node
     return PrefixFound(
         prompt_tokens=len(tokens),
         cached_block_tokens=match.block_tokens,
         cached_partial_tokens=match.partial_tokens,
         is_exact=match.is_exact,
         tiers=context.tiers.lookup_beyond(space, tokens, num_blocks),
-        prefix_id=prefix_id,
+        prefix_id="" if end is None else digest_of(end).hex(),
     )
 
 

@@ -72,7 +72,7 @@ def set_lifetime(context: OperationContext, op: SetLifetime) -> Operation:
         raise OperationRefused(AdminErrorKind.INVALID, "a lifetime is not negative", "lifetime")
     prefix_id = digest_of(named.node)
     changed = context.cache.control.set_lifetime(named.node, op.lifetime_s)
-    context.tiers.set_lifetime([digest_of(node) for node in changed], op.lifetime_s)
+    context.tiers.renew(changed)
     return Touched(prefix_id.hex(), len(changed))
 
 
@@ -109,7 +109,8 @@ def evict_prefixes(context: OperationContext, op: EvictPrefixes) -> Operation:
     if op.tiers and op.min_idle_s is None and below is None and space is not None:
         num_objects = context.tiers.remove(namespace=space.seed)
     elif op.tiers:
-        doomed = chosen.nodes if below is None or op.min_idle_s is not None else [*below, *chosen.nodes]
+        is_whole = below is not None and op.min_idle_s is None and not chosen.num_kept
+        doomed = [*(below or ()), *chosen.nodes] if is_whole else chosen.nodes
         num_objects = context.tiers.remove(digests=(yield from _digests(doomed)))
     num_taken = yield from _take(context, chosen.nodes)
     if space is not None and below is None and op.min_idle_s is None:
@@ -124,6 +125,8 @@ def clear_cache(context: OperationContext, op: ClearCache) -> Operation:
     yield from _complete(chosen, skip_in_use=op.skip_in_use)
     num_objects = context.tiers.remove() if op.tiers else 0
     num_taken = yield from _take(context, chosen.nodes)
+    if op.tiers:  # what is held or pinned stays, on the device and below
+        context.tiers.renew([node for node in context.cache.tree.iterate() if node.owner is None])
     control.forget_tails()
     return Evicted(num_taken, chosen.num_kept + len(chosen.nodes) - num_taken, num_objects)
 

@@ -18,6 +18,7 @@ from kvcore.tiers.disk import DiskTier
 from kvcore.tiers.disk_folder import make_private_folder
 from kvcore.tiers.host import HostTier
 from kvcore.tiers.interface import ObjectFormat, Tier
+from kvcore.tiers.outages import OutageLog
 from kvcore.tiers.stack import TierStack
 from kvcore.tiers.worth import Worth
 from server.engine.options import TierOptions
@@ -56,6 +57,7 @@ def open_tiers(
         make_private_folder(Path(options.disk_path))
     worth = Worth(overhead_s=OVERHEAD_S)
     opened: list[Tier] = []
+    disk_outages, redis_outages = OutageLog("disk"), OutageLog("redis")
 
     def stack(part: str, *, share: Callable[[int], int]) -> TierStack:
         tiers: list[Tier] = []
@@ -75,6 +77,7 @@ def open_tiers(
                     codec=make_codec(options.disk_codec),
                     clock=clock,
                     on_progress=on_progress if part == "blocks" else None,
+                    outages=disk_outages,
                 )
             )
             opened.append(tiers[-1])
@@ -92,6 +95,7 @@ def open_tiers(
                         num_readers=2 if part == "blocks" else 1,
                     ),
                     clock=clock,
+                    outages=redis_outages,
                 )
             )
             opened.append(tiers[-1])

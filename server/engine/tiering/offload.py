@@ -33,6 +33,9 @@ __all__ = ["Offloader"]
 BUSY_BYTES_PER_STEP = 4 << 20
 """Written behind in a step that computes: about a millisecond of copying."""
 IDLE_BYTES_PER_STEP = 32 << 20
+BUSY_ENTRIES_PER_STEP = 64
+IDLE_ENTRIES_PER_STEP = 512
+"""Looked at, whether there is something to write or not: some 20 microseconds each."""
 RETRY_S = 0.02
 PATIENCE_S = 2.0
 """After so long without a tier that takes anything, what is queued is given up, one by one."""
@@ -145,13 +148,15 @@ class Offloader(CacheListener):
         while self._exports and room > 0:
             find, on_saved = self._exports.popleft()
             wanted = find()
-            if wanted is None:
+            if wanted is None or not wanted.is_exact:  # what is written for somebody counts as exact
                 on_saved(None)
                 continue
             self._in_plan.append(_Export(wanted, on_saved))
             room -= self._format.payload_bytes(wanted.key.kind)
         now = self._clock.now()
-        while self._queue and room > 0 and now >= self._retry_at:
+        num_entries = BUSY_ENTRIES_PER_STEP if is_computing else IDLE_ENTRIES_PER_STEP
+        while self._queue and room > 0 and num_entries and now >= self._retry_at:
+            num_entries -= 1
             room -= self._write_behind(self._queue[0])
             if self._is_refused and self._is_patient(now):
                 break
@@ -200,6 +205,7 @@ class Offloader(CacheListener):
             if (
                 entry.parent is not None
                 and entry.state is NodeState.READY
+                and not entry.is_expired(self._clock.now())
                 and entry not in self._restorer.loading
             ):
                 self._add(self._in_plan, block_object(entry), StoreReason.WRITTEN, entry)
@@ -228,14 +234,15 @@ class Offloader(CacheListener):
         node: Node | None = None,
     ) -> None:
         """Reserve room for an object and list its save."""
-        if wanted is None:
-            return
+        if wanted is None or (wanted.key.kind is ObjectKind.LOGITS and not wanted.is_exact):
+            return  # logits have no lossy codec that would mark them
         stack = self._blocks if wanted.key.kind is ObjectKind.BLOCK else self._tails
         num_refused = stack.counters.refused.total()
         ticket = stack.prepare(
             wanted.key,
             start_position=(wanted.depth - 1) * self._tree.block_size,
             reason=reason,
+            is_exact=wanted.is_exact,
         )
         if ticket is not None:
             pendings.append(_Pending(wanted, node, stack, ticket))

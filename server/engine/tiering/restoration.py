@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum
 
 from kvcore.index import digest_of
@@ -22,10 +23,31 @@ from kvcore.tiers.stack import FetchBatch, Located, TierStack
 from kvcore.tree import PrefixTree
 from server.engine.tiering.wanted import tail_digest
 
-__all__ = ["Restoration", "RestorationState"]
+__all__ = ["Answer", "LookupBudget", "Restoration", "RestorationState"]
 
 LOOKAHEAD = 64
 """Blocks asked for at once where a tier has to ask somebody else."""
+
+
+WALKED_PER_LOOKUP = 8
+"""So many blocks on the device are passed in the time of one lookup in a tier."""
+
+
+class Answer(Enum):
+    """How far asking has come."""
+
+    COMPLETE = "complete"
+    COMING = "coming"
+    """A tier does not know yet."""
+    POSTPONED = "postponed"
+    """The lookups of this step are used up."""
+
+
+@dataclass(slots=True)
+class LookupBudget:
+    """Lookups left in this step: a name to compute and a question to each tier take some microseconds."""
+
+    left: int
 
 
 class RestorationState(Enum):
@@ -42,6 +64,7 @@ class Restoration:
 
     __slots__ = (
         "asked_at",
+        "asked_until",
         "batch",
         "block_size",
         "decided_fetch",
@@ -52,6 +75,8 @@ class Restoration:
         "first_block",
         "held_s",
         "held_since",
+        "hold_s",
+        "is_ahead",
         "late_blocks",
         "namespace",
         "nodes",
@@ -69,16 +94,24 @@ class Restoration:
         self.namespace = namespace
         self.seed = namespace.seed()
         self.tokens = tokens
-        """Of the prompt; a sequence that comes back after a preemption brings its own tokens, too."""
+        """Of the prompt; a sequence that comes back after a preemption brings its own tokens, too. Shared
+        with the sequence, whose tokens do not change while it waits."""
         self.block_size = block_size
         self.state = RestorationState.NEW
-        self.asked_at = 0.0
+        self.asked_at: float | None = None
+        """Since when tiers are asked."""
+        self.asked_until = 0
+        """Blocks of which every tier has been asked at least once."""
         self.started_at = 0.0
         self.done_at: float | None = None
         self.held_since: float | None = None
         """Since when nothing else keeps the sequence from being admitted; None: something does."""
         self.held_s = 0.0
         """For how long that was so before."""
+        self.is_ahead = True
+        """Somebody looked for its blocks before its turn had come."""
+        self.hold_s = 0.0
+        """How long the sequence may be held for it."""
         self.first_block = 0
         self.digests: list[PrefixDigest] = []
         """``digests[0]`` is of the prefix on the device, the others of one block more each."""
@@ -148,15 +181,21 @@ class Restoration:
             self.held_s += now - self.held_since
             self.held_since = None
 
-    def look_at_device(self, tree: PrefixTree, tails: TailStore, now: float) -> bool:
+    def total_held_s(self, now: float) -> float:
+        """Return how long the sequence has been held for it, all in all."""
+        return self.held_s + (0.0 if self.held_since is None else now - self.held_since)
+
+    def look_at_device(self, tree: PrefixTree, tails: TailStore, now: float, budget: LookupBudget) -> bool:
         """Note where the device ends: what tiers have is wanted from there on. False: it has everything."""
         root = tree.root(self.namespace)
         path = tree.walk(root, self.tokens, len(self.tokens), None, now)
+        budget.left -= 1 + len(path) // WALKED_PER_LOOKUP
         self.first_block = len(path)
         if len(path) == self.num_full_blocks:
             end = path[-1] if path else root
             if tails.find(end, self.rest, None, now) is not None:
                 return False
+        budget.left -= sum(node.digest is None for node in path)
         self.digests = [digest_of(path[-1]) if path else self.seed]
         self.state = RestorationState.ASKING
         self.asked_at = now
@@ -174,21 +213,26 @@ class Restoration:
             self.digests.pop(0)
             self.first_block += 1
 
-    def ask(self, blocks: TierStack, tails: TierStack) -> bool:
-        """Go on looking; say whether the answer is complete. Costs one digest per block that is there."""
+    def ask(self, blocks: TierStack, tails: TierStack, budget: LookupBudget) -> Answer:
+        """Go on looking, as far as ``budget`` goes. Costs one digest per block that is there."""
         while self.first_block + self.num_found < self.num_full_blocks:
+            if budget.left <= 0:
+                return Answer.POSTPONED
+            budget.left -= 1
             where = blocks.lookup(self._block_key(self.num_found))
             if where.presence is Presence.COMING:
                 last = min(self.num_found + LOOKAHEAD, self.num_full_blocks - self.first_block)
-                for index in range(self.num_found + 1, last):  # so that a remote tier can ask for all at once
-                    blocks.lookup(self._block_key(index))
-                return False
+                for index in range(max(self.num_found + 1, self.asked_until), last):
+                    blocks.lookup(self._block_key(index))  # so that a remote tier can ask for all at once
+                    budget.left -= 1
+                self.asked_until = max(self.asked_until, last)
+                return Answer.COMING
             if where.tier is None:
-                return True
+                return Answer.COMPLETE
             self.tiers.append(where.tier)
         return self._ask_for_tail(tails)
 
-    def _ask_for_tail(self, tails: TierStack) -> bool:
+    def _ask_for_tail(self, tails: TierStack) -> Answer:
         parent = self._digest(self.num_found)
         digest = tail_digest(parent, self.rest)
         logits = ObjectKey(digest, ObjectKind.LOGITS)
@@ -196,12 +240,12 @@ class Restoration:
         wanted = [logits, partial] if self.rest else [logits]
         answers = [tails.lookup(key).presence for key in wanted]
         if Presence.COMING in answers:
-            return False
+            return Answer.COMING
         if answers[0] is Presence.YES:
             self.tail_keys = [
                 key for key, answer in zip(wanted, answers, strict=True) if answer is Presence.YES
             ]
-        return True
+        return Answer.COMPLETE
 
     def _block_key(self, index: int) -> ObjectKey:
         return ObjectKey(self._digest(index + 1), ObjectKind.BLOCK)

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kvcore.clock import Clock
-from kvcore.keys import NamespaceKey
+from kvcore.keys import NamespaceKey, PrefixDigest
 from kvcore.manager import CacheManager
 from kvcore.node import Node
 from kvcore.restore import Placed
-from kvcore.tiers.interface import ObjectFormat, ObjectKind
+from kvcore.tiers.interface import CacheObject, ObjectFormat, ObjectKind
 from kvcore.tiers.stack import FetchBatch, TierStack
 from kvcore.tiers.worth import Decision
 from server.engine.messages import RestoreReport
-from server.engine.tiering.restoration import Restoration, RestorationState
+from server.engine.tiering.restoration import Answer, LookupBudget, Restoration, RestorationState
 
 __all__ = ["RestoreCounters", "Restorations"]
 
@@ -35,6 +35,15 @@ ASK_S = 0.05
 """How long a tier may take to say whether it has something."""
 MIN_FETCH_TIMEOUT_S = 0.1
 MAX_FETCH_TIMEOUT_S = 30.0
+MAX_HELD = 256
+"""Sequences that ask or fetch at the same time, those included whose turn has come: who comes beyond them is
+not held."""
+MAX_ASK_HOLD_S = 0.2
+"""How long a sequence is held while nobody knows what tiers have: the lookups of a step are few."""
+LOOKUPS_PER_STEP = 256
+"""For those in the queue, and as many again for those whose turn has come: a millisecond or two each."""
+BUSY_BLOCKS_PER_STEP = 128
+IDLE_BLOCKS_PER_STEP = 1024
 AHEAD_PERCENT = 75
 """Of the blocks that can be had: more of them placed ahead would push each other out."""
 ALONE_SHARE = 0.8
@@ -83,12 +92,18 @@ class Restorations:
         self._format = object_format
         self._clock = clock
         self._mode = mode
-        self._new: deque[Restoration] = deque()
+        self._new: OrderedDict[Restoration, None] = OrderedDict()
         self._active: dict[Restoration, None] = {}
         self._num_ahead = 0
         """Blocks placed for sequences that are still waiting."""
         self._recent_wait_s = 0.0
+        """Between looking for a prompt's blocks ahead and its turn."""
+        self._turn_lookups = LookupBudget(LOOKUPS_PER_STEP)
         self.counters = RestoreCounters()
+        self.found_blocks: Counter[str] = Counter()
+        """Blocks that prompts looked for beyond the device, by the tier that had them."""
+        self.missed_requests: Counter[str] = Counter()
+        """Times that a prompt's next block was in no tier, for each tier."""
 
     @property
     def is_busy(self) -> bool:
@@ -99,8 +114,8 @@ class Restorations:
 
     def follow(self, namespace: NamespaceKey, tokens: array[int]) -> Restoration:
         """Begin to follow a prompt that has come to wait."""
-        restoration = Restoration(namespace, tokens[:], self._cache.block_size)
-        self._new.append(restoration)
+        restoration = Restoration(namespace, tokens, self._cache.block_size)
+        self._new[restoration] = None
         return restoration
 
     def is_holding(self, restoration: Restoration, *, has_place: bool) -> bool:
@@ -108,20 +123,36 @@ class Restorations:
 
         One whose turn comes before anybody has looked for its blocks is looked up here and now. Without
         ``has_place`` (others are in front of it) it could not be admitted anyway, and waits for nothing.
+
+        However long a tier takes, a sequence is held for ``MAX_ASK_HOLD_S`` and the time that computing is
+        expected to take (or the shortest timeout) at most, and behind ``MAX_HELD`` others not at all.
         """
-        now = self._clock.now()
-        if restoration.state is RestorationState.NEW:
-            if not has_place and len(self._active) >= MAX_ACTIVE:
-                return True
-            self._begin(restoration, now)
+        now, state = self._clock.now(), restoration.state
+        if state is RestorationState.NEW and len(self._active) >= (MAX_HELD if has_place else MAX_ACTIVE):
+            return not has_place
+        self._look(restoration, now, is_its_turn=has_place)
         if restoration.is_over:
             return False
         restoration.count_held(now, is_held=has_place)
-        return True
+        if has_place and restoration.total_held_s(now) >= max(restoration.hold_s, MAX_ASK_HOLD_S):
+            self._end(restoration, now)
+        return not restoration.is_over
+
+    def forget(
+        self, *, namespace: PrefixDigest | None = None, digests: Collection[PrefixDigest] | None = None
+    ) -> None:
+        """Do not bring up what is on its way and tiers were told to remove: these, or all of them."""
+        now = self._clock.now()
+        for restoration in list(self._active):
+            if namespace is not None and restoration.seed != namespace:
+                continue
+            if digests is not None and not any(digest in digests for digest in restoration.digests):
+                continue
+            self._end(restoration, now)
 
     def admitted(self, restoration: Restoration, nodes: Iterable[Node]) -> tuple[int, RestoreReport | None]:
         """A sequence was admitted with these matched nodes: return its restored blocks, and the report."""
-        if restoration.asked_at:
+        if restoration.asked_at is not None and restoration.is_ahead:
             waited_s = self._clock.now() - restoration.asked_at - restoration.held_s
             self._recent_wait_s += 0.1 * (waited_s - self._recent_wait_s)
         used = restoration.nodes.intersection(nodes)
@@ -146,19 +177,25 @@ class Restorations:
     def advance(self, *, is_computing: bool) -> list[Placed]:
         """Look at what has come; return what the plan is to load. Call before anything is admitted."""
         now = self._clock.now()
-        while self._new and len(self._active) < MAX_ACTIVE and self._num_expected() < self._max_ahead():
-            restoration = self._new.popleft()
-            if restoration.state is RestorationState.NEW:
-                self._begin(restoration, now)
+        self._turn_lookups.left = LOOKUPS_PER_STEP
+        lookups = LookupBudget(LOOKUPS_PER_STEP)
         placed: list[Placed] = []
         room = BUSY_BYTES_PER_STEP if is_computing else IDLE_BYTES_PER_STEP
+        num_blocks = BUSY_BLOCKS_PER_STEP if is_computing else IDLE_BLOCKS_PER_STEP
         for restoration in list(self._active):
-            if restoration.state is RestorationState.ASKING:
-                self._ask(restoration, now)
-            if restoration.state is RestorationState.FETCHING and room > 0:
-                landed = self._land(restoration, room, now)
+            if restoration.state is RestorationState.ASKING and lookups.left > 0:
+                self._ask(restoration, now, lookups)
+            if restoration.state is RestorationState.FETCHING and room > 0 and num_blocks > 0:
+                num_taken = self.counters.fetched_blocks
+                landed = self._land(restoration, min(room, num_blocks * self._format.bytes_per_block), now)
+                num_blocks -= self.counters.fetched_blocks - num_taken
                 room -= sum(self._format.payload_bytes(p.stored.key.kind) for p in landed)
                 placed.extend(landed)
+        num_expected, max_ahead = self._num_expected(), self._max_ahead()
+        while self._new and len(self._active) < MAX_ACTIVE and lookups.left > 0 and num_expected < max_ahead:
+            restoration, _ = self._new.popitem(last=False)
+            self._begin(restoration, now, lookups)
+            num_expected += restoration.num_found
         return placed
 
     # -- inside -------------------------------------------------------------------------------------
@@ -175,17 +212,36 @@ class Restorations:
         self._num_ahead -= len(restoration.nodes)
         restoration.nodes.clear()
 
-    def _begin(self, restoration: Restoration, now: float) -> None:
-        if self._mode == "never" or not restoration.look_at_device(self._cache.tree, self._cache.tails, now):
+    def _look(self, restoration: Restoration, now: float, *, is_its_turn: bool) -> None:
+        """Go on looking for a prompt's blocks out of its turn in the queue, if there are lookups left."""
+        lookups = self._turn_lookups
+        if lookups.left <= 0:
+            return
+        if restoration.state is RestorationState.NEW:
+            self._begin(restoration, now, lookups, is_its_turn=is_its_turn)
+        elif restoration.state is RestorationState.ASKING:
+            self._ask(restoration, now, lookups)
+
+    def _begin(
+        self, restoration: Restoration, now: float, lookups: LookupBudget, *, is_its_turn: bool = False
+    ) -> None:
+        restoration.is_ahead = not is_its_turn
+        self._new.pop(restoration, None)
+        cache = self._cache
+        if self._mode == "never" or not restoration.look_at_device(cache.tree, cache.tails, now, lookups):
             restoration.state = RestorationState.DONE
             return
         self._active[restoration] = None
-        self._ask(restoration, now)
+        self._ask(restoration, now, lookups)
 
-    def _ask(self, restoration: Restoration, now: float) -> None:
-        is_complete = restoration.ask(self._blocks, self._tails)
-        if not is_complete and now - restoration.asked_at < ASK_S:
+    def _ask(self, restoration: Restoration, now: float, lookups: LookupBudget) -> None:
+        answer = restoration.ask(self._blocks, self._tails, lookups)
+        if answer is Answer.POSTPONED:
             return
+        asked_at = now if restoration.asked_at is None else restoration.asked_at
+        if answer is Answer.COMING and now - asked_at < ASK_S:
+            return
+        self._count_found(restoration)
         if not restoration.num_found and not restoration.tail_keys:
             self._end(restoration, now)
             return
@@ -199,6 +255,11 @@ class Restorations:
             return
         self.counters.decided_fetch += 1
         timeout_s = self._timeout_s(decision)
+        restoration.hold_s = self._hold_s(decision)
+        if restoration.is_ahead:
+            timeout_s += self._queue_wait_s(restoration)
+        else:
+            restoration.hold_s += restoration.total_held_s(now)
         restoration.started_at = now
         restoration.state = RestorationState.FETCHING
         if restoration.num_found:
@@ -210,8 +271,13 @@ class Restorations:
                 restoration.tail_keys, namespace=restoration.seed, timeout_s=timeout_s
             )
 
+    def _count_found(self, restoration: Restoration) -> None:
+        self.found_blocks.update(restoration.tiers)
+        if restoration.first_block + restoration.num_found < restoration.num_full_blocks:
+            self.missed_requests.update(tier.name for tier in self._blocks.tiers)
+
     def _decide(self, restoration: Restoration) -> Decision:
-        queue_wait_s = self._recent_wait_s if len(self._active) > 1 else 0.0
+        queue_wait_s = self._queue_wait_s(restoration)
         start = restoration.first_block * restoration.block_size
         if restoration.num_found:
             decision = self._blocks.decide(
@@ -224,15 +290,26 @@ class Restorations:
             )
         return dataclasses.replace(decision, fetch=True) if self._mode == "always" else decision
 
+    def _queue_wait_s(self, restoration: Restoration) -> float:
+        """Return how long a prompt is expected to wait for its turn from now on."""
+        if not restoration.is_ahead or len(self._active) <= 1:
+            return 0.0
+        return self._recent_wait_s
+
     def _timeout_s(self, decision: Decision) -> float:
-        """Return how long to wait: some times what is expected, but not longer than computing takes."""
-        if self._mode == "always":
-            return MAX_FETCH_TIMEOUT_S
+        """Return how long a fetch may take: some times what is expected, but not longer than computing.
+
+        What a prompt waits for its turn comes on top.
+        """
         expected = decision.fetch_s
         timeout_s = MAX_FETCH_TIMEOUT_S if expected is None else PATIENCE * expected
-        if decision.recompute_s is not None:
-            timeout_s = min(timeout_s, decision.recompute_s)
-        return min(MAX_FETCH_TIMEOUT_S, max(MIN_FETCH_TIMEOUT_S, timeout_s))
+        return min(self._hold_s(decision), max(MIN_FETCH_TIMEOUT_S, timeout_s))
+
+    def _hold_s(self, decision: Decision) -> float:
+        """Return how long a sequence may be held for a fetch: not longer than computing takes."""
+        if self._mode == "always" or decision.recompute_s is None:
+            return MAX_FETCH_TIMEOUT_S
+        return min(MAX_FETCH_TIMEOUT_S, max(MIN_FETCH_TIMEOUT_S, decision.recompute_s))
 
     def _land(self, restoration: Restoration, room: int, now: float) -> list[Placed]:
         """Place what has come of one prompt, in order, as far as ``room`` bytes go (one block at least)."""
@@ -254,7 +331,7 @@ class Restorations:
         return placed
 
     def _place_blocks(self, restoration: Restoration, batch: FetchBatch, count: int) -> list[Placed]:
-        objects = batch.take(count)
+        objects = self._aged(batch.take(count), restoration)
         first = restoration.first_block + restoration.num_landed
         placed, num_there = self._cache.restorer.place(
             restoration.namespace,
@@ -262,6 +339,7 @@ class Restorations:
             first,
             objects,
             tier=restoration.tiers[restoration.num_landed],
+            is_lossy=batch.is_lossy,
         )
         restoration.num_landed += num_there
         restoration.nodes.update(entry.node for entry in placed)
@@ -278,13 +356,28 @@ class Restorations:
         batch = restoration.tail_batch
         if batch is None or restoration.num_landed < restoration.num_found:
             return []
-        found = {stored.key.kind: stored for stored in batch.take(batch.num_ready)}
+        objects = self._aged(batch.take(batch.num_ready), restoration)
+        found = {stored.key.kind: stored for stored in objects}
         logits = found.get(ObjectKind.LOGITS)
         if logits is None:
             return []
         return self._cache.restorer.place_tail(
-            restoration.namespace, restoration.tokens, found.get(ObjectKind.PARTIAL), logits
+            restoration.namespace,
+            restoration.tokens,
+            found.get(ObjectKind.PARTIAL),
+            logits,
+            is_lossy=batch.is_lossy,
         )
+
+    def _aged(self, objects: list[CacheObject], restoration: Restoration) -> list[CacheObject]:
+        """Take off what has passed of their lifetimes at most since a tier was asked for them."""
+        passed_s = self._clock.now() - restoration.started_at
+        return [
+            stored
+            if stored.expires_in_s is None
+            else dataclasses.replace(stored, expires_in_s=max(0.0, stored.expires_in_s - passed_s))
+            for stored in objects
+        ]
 
     def _end(self, restoration: Restoration, now: float) -> None:
         """Nothing more comes: the sequence may be admitted with what there is."""
@@ -303,6 +396,7 @@ class Restorations:
         self._cancel_batches(restoration)
         restoration.state = RestorationState.DONE
         self._active.pop(restoration, None)
+        self._new.pop(restoration, None)
 
     def _cancel_batches(self, restoration: Restoration) -> None:
         for batch in (restoration.batch, restoration.tail_batch):

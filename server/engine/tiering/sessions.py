@@ -8,22 +8,30 @@ block goes on with that session::
     request 2   [b0 b1 b2 b3 b4 b5]                returned (b3 is in its prefix), ended: now b5 does
 
 Between the two, ``SessionPredictor`` says when it is worth having its blocks on the device again; they are
-fetched while there is room, which is a bounded share of the blocks that nobody holds.
+fetched while there is room: in a bounded share of the device, of what running requests have not needed of
+late. What has come is pinned softly until the session returns or its window ends: it leaves last, and still
+gives way, so no request waits for it or is preempted for it::
+
+    blocks  0 ......... in use ......... peak x headroom ....... room ....... all
+                                                          (at most a share)
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from kvcore.errors import OverBudget
 from kvcore.index import digest_of
 from kvcore.keys import TOKEN_BYTES, NamespaceKey, PrefixDigest
 from kvcore.lease import Lease
 from kvcore.manager import CacheManager
 from kvcore.node import Node, NodeState
+from kvcore.pins import Pin, PinKind
 from kvcore.prefetch import SessionPredictor
 from kvcore.restore import Placed
 from server.engine.tiering.restoration import Restoration
@@ -35,8 +43,11 @@ MAX_TOKEN_BYTES = 64 << 20
 """Tokens of sessions that are away, in memory; the longest away are forgotten first."""
 MAX_LOOK_BACK = 64
 """Blocks from the end of a match in which a session's end is looked for."""
-ROOM_SHARE = 8
-"""One block in so many may be held by what was fetched for sessions and not used yet."""
+ROOM_SHARE = 4
+"""One block in so many may belong to prefixes that were fetched for sessions and not used yet."""
+HEADROOM = 1.25
+PEAK_HALF_LIFE_S = 1800.0
+"""What running requests took so long ago counts half."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +59,9 @@ class _Away:
     namespace: NamespaceKey
     tokens: array[int]
     fetch: Restoration | None = None
+    window_s: float = 0.0
+    """How long what is fetched is kept, from its arrival on."""
+    pin: Pin | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -66,6 +80,9 @@ class SessionPrefetch:
         self._away: OrderedDict[Hashable, _Away] = OrderedDict()
         self._by_end: dict[PrefixDigest, _Away] = {}
         self._num_bytes = 0
+        self._peak_blocks = 0.0
+        """In use at the busiest time of late."""
+        self._peak_at = 0.0
 
     def __len__(self) -> int:
         return len(self._away)
@@ -115,21 +132,26 @@ class SessionPrefetch:
         """Fetch who is due; return what the plan is to load."""
         for number in self._predictor.expire(now):
             self._end_fetch(number)
-        for number, _ in self._predictor.due(now, self._room(), self._num_missing):
+        self._note_use(now)
+        room = self._room()
+        for number, num_missing in self._predictor.due(now, room, self._num_missing):
             away = self._away.get(number)
-            if away is not None:
-                away.fetch = self._restorations.follow(away.namespace, away.tokens)
-                self._predictor.started(number, now, self._num_missing(number))
+            if away is None or self._size(away) > room:
+                continue  # all of its prefix will be kept, not only what comes
+            room -= self._size(away)
+            away.fetch = self._restorations.follow(away.namespace, away.tokens)
+            away.window_s = self._predictor.started(number, now, num_missing) - now
         placed = self._restorations.advance(is_computing=is_computing)
         for away in [a for a in self._away.values() if a.fetch is not None and a.fetch.is_over]:
             fetch = away.fetch
             assert fetch is not None
             if fetch.nodes and all(node.parent is not None for node in fetch.nodes):
+                if away.pin is None:
+                    self._keep(away, fetch, now)
                 self._predictor.arrived(away.number)
             else:  # nothing came, or some of it has been evicted again
                 self._predictor.lost(away.number)
-                self._restorations.left(fetch)
-                away.fetch = None
+                self._end_fetch(away.number)
         return placed
 
     # -- inside -------------------------------------------------------------------------------------
@@ -145,9 +167,32 @@ class SessionPrefetch:
                 return self._by_end[node.digest]
         return None
 
+    def _note_use(self, now: float) -> None:
+        in_use = float(self._cache.pool.num_blocks - self._cache.num_available)
+        faded = self._peak_blocks * 0.5 ** (max(0.0, now - self._peak_at) / PEAK_HALF_LIFE_S)
+        self._peak_blocks, self._peak_at = max(in_use, faded), now
+
     def _room(self) -> int:
-        held = sum(len(a.fetch.nodes) for a in self._away.values() if a.fetch is not None)
-        return min(self._cache.num_available // 2, self._cache.pool.num_blocks // ROOM_SHARE - held)
+        num_blocks = self._cache.pool.num_blocks
+        held = sum(self._size(away) for away in self._away.values() if away.fetch is not None)
+        return min(num_blocks - int(HEADROOM * self._peak_blocks), num_blocks // ROOM_SHARE) - held
+
+    def _size(self, away: _Away) -> int:
+        return len(away.tokens) // self._cache.block_size
+
+    def _keep(self, away: _Away, fetch: Restoration, now: float) -> None:
+        """Pin what has come, unless an operator's pin does already or there are too many."""
+        end = max(fetch.nodes, key=lambda node: node.depth)
+        if end.pin is not None or end.state is not NodeState.READY:
+            return
+        with contextlib.suppress(OverBudget):
+            self._cache.pins.pin(end, PinKind.SOFT, now=now, lifetime_s=away.window_s)
+            away.pin = end.pin
+
+    def _let_go(self, away: _Away) -> None:
+        if away.pin is not None:
+            self._cache.pins.end(away.pin)
+            away.pin = None
 
     def _num_missing(self, number: Hashable) -> int:
         away = self._away.get(number)
@@ -162,6 +207,7 @@ class SessionPrefetch:
     def _end_fetch(self, number: Hashable) -> None:
         away = self._away.get(number)
         if away is not None and away.fetch is not None:
+            self._let_go(away)
             self._restorations.left(away.fetch)
             away.fetch = None
 
@@ -172,6 +218,7 @@ class SessionPrefetch:
         self._drop(away)
 
     def _drop(self, away: _Away) -> None:
+        self._let_go(away)
         away.fetch = None
         del self._away[away.number]
         if self._by_end.get(away.end) is away:

@@ -12,6 +12,7 @@ the queue between the two is short, so neither waits long for the other nor fill
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import shutil
 import threading
@@ -35,10 +36,12 @@ from server.engine.tiering.wanted import Wanted, block_object, logits_object, pa
 
 __all__ = ["Snapshots"]
 
+log = logging.getLogger(__name__)
+
 MAX_IN_FLIGHT = 32
 """Objects between the worker and the folder, or between the folder and the tiers."""
-JOIN_S = 10.0
-"""For the thread to notice that nobody wants its work any more."""
+JOIN_S = 0.05
+"""For the thread to notice that nobody wants its work any more: the engine does not wait for a stuck disk."""
 
 Export = Callable[[], Wanted | None]
 
@@ -60,6 +63,8 @@ class Snapshots:
         self._tiering = tiering
         self._format = object_format
         self._wall_clock = wall_clock
+        self._left: dict[Path, _Writer] = {}
+        """Writers of saves; one that is stuck may still be there when its save has been given up."""
 
     def save(self, name: str, *, namespace: PrefixDigest | None, replace: bool) -> SnapshotWork:
         """Write what is on the device now, of one namespace or of all; what goes meanwhile is left out.
@@ -71,7 +76,11 @@ class Snapshots:
             raise OperationRefused(AdminErrorKind.EXISTS, f"there is a snapshot {name!r}", "name")
         exports = self._exports(namespace)
         building = path.parent / f".{name}.next" if replace else path
-        writer = _Writer(building, self._format, len(exports), self._wall_clock())
+        left = self._left.get(building)
+        if left is not None and not left.is_over:
+            reason = f"an earlier save of {name!r} is still being ended"
+            raise OperationRefused(AdminErrorKind.FAILED, reason, "name")
+        writer = self._left[building] = _Writer(building, self._format, len(exports), self._wall_clock())
         return self._save(exports, tiering, writer, path)
 
     def restore(self, name: str) -> SnapshotWork:
@@ -112,13 +121,17 @@ class Snapshots:
                     num_bytes += len(stored.payload)
                 writer.check()
                 yield SnapshotStep(num_done, len(exports), num_bytes, num_skipped)
-            writer.finish()
+            while not writer.finish():
+                writer.check()
+                yield SnapshotStep(num_done, len(exports), num_bytes, num_skipped)
             while not writer.is_over:
                 yield SnapshotStep(num_done, len(exports), num_bytes, num_skipped)
             writer.check()
             _move_into_place(writer.path, path)
         finally:
             writer.stop()
+            if writer.is_over:
+                self._left.pop(writer.path, None)
         return SnapshotDone(num_done, num_bytes, num_skipped)
 
     def _restore(self, reader: _Reader, tiering: Tiering) -> SnapshotWork:
@@ -229,6 +242,9 @@ class _Worker:
             self._work()
         except SnapshotError as error:
             self._error = error
+        except Exception:
+            log.exception("the thread of a snapshot has failed")
+            self._error = SnapshotError("an unexpected fault, see the log")
 
     def _work(self) -> None:
         raise NotImplementedError
@@ -258,9 +274,13 @@ class _Writer(_Worker):
         """Hand one object over; there must be room."""
         self._queue.put_nowait(stored)
 
-    def finish(self) -> None:
-        """Nothing more comes."""
-        self._queue.put(None)
+    def finish(self) -> bool:
+        """Say that nothing more comes. False: there is no room to say it; try later."""
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            return False
+        return True
 
     def _objects(self) -> Iterator[CacheObject]:
         while not self._cancelled.is_set():

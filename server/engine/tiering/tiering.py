@@ -6,14 +6,17 @@ apply:  applied(result)                                    or, if it failed:  ab
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from kvcore.clock import Clock
-from kvcore.keys import NamespaceKey
+from kvcore.index import digest_of
+from kvcore.keys import NamespaceKey, PrefixDigest
 from kvcore.lease import Lease
 from kvcore.manager import CacheManager
 from kvcore.node import NodeState
 from kvcore.prefetch import SessionPredictor
 from kvcore.restore import Placed
-from kvcore.tiers.interface import ObjectFormat
+from kvcore.tiers.interface import ObjectFormat, ObjectKey, ObjectKind
 from kvcore.tiers.stack import TierStack
 from kvcore.tiers.worth import Worth
 from server.engine.admin_messages import CacheEventKind
@@ -24,6 +27,7 @@ from server.engine.tiering.offload import Offloader
 from server.engine.tiering.restoration import Restoration
 from server.engine.tiering.restorations import Restorations
 from server.engine.tiering.sessions import SessionPrefetch
+from server.engine.tiering.wanted import tail_digest
 
 __all__ = ["Tiering"]
 
@@ -131,6 +135,31 @@ class Tiering:
         self.cache.restorer.take_out(self._placed)
         self._placed = []
         self.offloader.abandon()
+
+    def removed(
+        self, *, namespace: PrefixDigest | None = None, digests: Sequence[PrefixDigest] | None = None
+    ) -> None:
+        """Somebody had tiers remove these, or everything: what of it is on its way must not come up."""
+        chosen = None if digests is None else set(digests)
+        for restorations in (self.restorations, self.for_sessions):
+            restorations.forget(namespace=namespace, digests=chosen)
+
+    def spoiled(self, leases: Iterable[Lease]) -> None:
+        """Take back what these leases of failed requests entered: it may be no good. Then discard them."""
+        for lease in leases:
+            nodes = [n for n in lease.inserted if n.state is NodeState.READY and n.owner is None]
+            digests = [digest_of(node) for node in nodes if node.parent is not None]
+            self.blocks.remove_prefixes(digests[:1])  # and all that continues it
+            self.blocks.remove([ObjectKey(digest, ObjectKind.BLOCK) for digest in digests])
+            tails = [(node, tail) for node in nodes for tail in (node.tails or {}).values()]
+            self.tails.remove(
+                [
+                    ObjectKey(tail_digest(digest_of(node), tail.key), kind)
+                    for node, tail in tails
+                    if isinstance(tail.key, bytes)
+                    for kind in (ObjectKind.PARTIAL, ObjectKind.LOGITS)
+                ]
+            )
 
     def close(self) -> None:
         """End the tiers; stores that were handed over are finished."""

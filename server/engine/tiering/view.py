@@ -6,12 +6,14 @@ import math
 from array import array
 from collections.abc import Sequence
 
+from kvcore.index import digest_of
 from kvcore.keys import NamespaceKey, PrefixDigest
+from kvcore.node import Node, NodeState
 from kvcore.tiers.interface import ObjectFormat, ObjectKey, ObjectKind, Presence, Tier, TierStats
 from server.engine.admin_messages import PrefetchReport, TierReport
 from server.engine.cache_ops.interface import SnapshotWork
 from server.engine.options import TierOptions
-from server.engine.tiering.restoration import Restoration
+from server.engine.tiering.restoration import LookupBudget, Restoration
 from server.engine.tiering.snapshots import Snapshots
 from server.engine.tiering.tiering import Tiering
 
@@ -45,21 +47,28 @@ class EngineTierView:
         size = self._format.block_size
         restoration = Restoration(namespace, tokens, size)
         restoration.look_from(self._tiering.cache.tree, from_block)
-        restoration.ask(self._tiering.blocks, self._tiering.tails)
+        restoration.ask(self._tiering.blocks, self._tiering.tails, LookupBudget(len(tokens)))
         return {name: restoration.tiers.count(name) for name in dict.fromkeys(restoration.tiers)}
 
     def remove(
         self, *, digests: Sequence[PrefixDigest] | None = None, namespace: PrefixDigest | None = None
     ) -> int:
         stacks = (self._tiering.blocks, self._tiering.tails)
+        self._tiering.removed(namespace=namespace, digests=digests)
         if digests is None:
             return sum(sum(stack.clear(namespace).values()) for stack in stacks)
         return sum(stack.remove_prefixes(digests) for stack in stacks)
 
-    def set_lifetime(self, digests: Sequence[PrefixDigest], lifetime_s: float | None) -> None:
-        """Copies are written once, with their lifetime: the old ones go, and new ones come in time."""
+    def renew(self, nodes: Sequence[Node]) -> None:
+        """A copy is written once, with its lifetime: the old ones go, and new ones are written behind."""
+        digests = [digest_of(node) for node in nodes]
+        self._tiering.removed(digests=digests)
         for stack in (self._tiering.blocks, self._tiering.tails):
             stack.remove([ObjectKey(digest, kind) for digest in digests for kind in ObjectKind])
+        self._tiering.offloader.stored([node for node in nodes if node.state is NodeState.READY])
+        for node in nodes:
+            for tail in (node.tails or {}).values():
+                self._tiering.offloader.tail_stored(tail)
 
     def reports(self) -> list[TierReport]:
         tails = {tier.name: tier for tier in self._tiering.tails.tiers}
@@ -104,8 +113,8 @@ class EngineTierView:
             stored=stats.stored + rest.stored,
             store_failures=stats.store_failures + rest.store_failures,
             refused_stores=stats.refused_stores + rest.refused_stores,
-            hits=stats.hits + rest.hits,
-            misses=stats.misses + rest.misses,
+            hits=self._tiering.restorations.found_blocks[blocks.name],
+            misses=self._tiering.restorations.missed_requests[blocks.name],
             fetched=stats.fetched + rest.fetched,
             fetched_bytes=stats.fetched_bytes + rest.fetched_bytes,
             stored_bytes=stats.stored_bytes + rest.stored_bytes,

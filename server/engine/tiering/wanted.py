@@ -25,6 +25,8 @@ class Wanted:
     depth: int
     tokens: bytes
     expires_at: float | None
+    is_exact: bool
+    """No lossy codec had a hand in it."""
 
     def with_payload(self, payload: bytes, now: float) -> CacheObject:
         """Return the object."""
@@ -49,6 +51,7 @@ def block_object(node: Node) -> Wanted:
         depth=node.depth,
         tokens=node.packed,
         expires_at=node.expires_at,
+        is_exact=not node.is_lossy,
     )
 
 
@@ -57,7 +60,9 @@ def partial_object(tail: Tail, node: Node) -> Wanted | None:
     rest = tail.key
     if not isinstance(rest, bytes) or not rest or not node.packed.startswith(rest):
         return None
-    return _of_tail(tail, rest, ObjectKind.PARTIAL, KvSave(KvTarget.BLOCK, node.real_block()))
+    expires_at = _earlier(tail.expires_at, node.expires_at)
+    save = KvSave(KvTarget.BLOCK, node.real_block())
+    return _of_tail(tail, rest, ObjectKind.PARTIAL, save, expires_at, is_exact=not node.is_lossy)
 
 
 def logits_object(tail: Tail) -> Wanted | None:
@@ -65,7 +70,8 @@ def logits_object(tail: Tail) -> Wanted | None:
     rest = tail.key
     if not isinstance(rest, bytes) or not tail.is_ready:
         return None
-    return _of_tail(tail, rest, ObjectKind.LOGITS, KvSave(KvTarget.LOGITS, tail.slot))
+    save = KvSave(KvTarget.LOGITS, tail.slot)
+    return _of_tail(tail, rest, ObjectKind.LOGITS, save, tail.expires_at, is_exact=not tail.is_lossy)
 
 
 def tail_digest(parent: PrefixDigest, rest: bytes) -> PrefixDigest:
@@ -73,7 +79,14 @@ def tail_digest(parent: PrefixDigest, rest: bytes) -> PrefixDigest:
     return next(chain_digests(parent, [memoryview(rest).cast("i")])) if rest else parent
 
 
-def _of_tail(tail: Tail, rest: bytes, kind: ObjectKind, save: KvSave) -> Wanted:
+def _earlier(one: float | None, other: float | None) -> float | None:
+    """Return the earlier of two ends of a life; None is no end."""
+    return min((end for end in (one, other) if end is not None), default=None)
+
+
+def _of_tail(
+    tail: Tail, rest: bytes, kind: ObjectKind, save: KvSave, expires_at: float | None, *, is_exact: bool
+) -> Wanted:
     parent = digest_of(tail.node)
     return Wanted(
         save=save,
@@ -82,5 +95,6 @@ def _of_tail(tail: Tail, rest: bytes, kind: ObjectKind, save: KvSave) -> Wanted:
         parent=parent,
         depth=tail.node.depth + 1,
         tokens=rest,
-        expires_at=tail.expires_at,
+        expires_at=expires_at,
+        is_exact=is_exact,
     )
