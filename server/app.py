@@ -25,17 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
+from server.banner import banner
 from server.config import ServerConfig
 from server.engine.errors import EngineStartError
 from server.engine.interface import Engine
 from server.engine.messages import EngineReady
 from server.engine.model_slot import ModelSlot
 from server.engine.process import EngineProcess
+from server.logs import configure_logs
 from server.rpc.call import CallObserver
 from server.rpc.listener import ListenError, ListenOptions, TlsFiles, check_port_free
 from server.rpc.model_files import ModelFilesError, load_model_files
 from server.rpc.tokenizer import ModelTokenizer
-from server.telemetry.logs import configure_logs
 from server.telemetry.loop_lag import watch_loop_lag
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics, MetricsServer
 
@@ -116,7 +117,11 @@ class _Application:
         _say(f"loading {config.model}")
         if config.is_open_to_others:
             _log.warning("no API keys are configured and the server is reachable from other machines")
-        engine = ModelSlot(lambda: EngineProcess(config.engine_options()))
+        engine = ModelSlot(
+            lambda: EngineProcess(
+                config.engine_options(), log_format=config.log_format, log_level=config.log_level
+            )
+        )
         starting = asyncio.create_task(engine.start(), name="engine-start")
         try:
             await asyncio.sleep(0)  # the engine process is spawned now, before any gRPC object exists
@@ -255,41 +260,14 @@ def _make_tracer(endpoint: str) -> CallTracer:
 def _say_ready(
     config: ServerConfig, ready: EngineReady, port: int, telemetry: _Telemetry, elapsed_s: float
 ) -> None:
-    kv_bytes = ready.num_blocks * ready.bytes_per_block
-    _say(
-        f"model     {config.model_name}: {ready.family}, {_count(ready.num_parameters)} parameters, "
-        f"{ready.vocab_size} tokens, length {ready.max_model_length}"
-    )
-    _say(
-        f"compute   {ready.device}, {ready.dtype}, {ready.executor} executor, {ready.attention} attention, "
-        f"{ready.num_threads} threads"
-    )
-    _say(
-        f"KV cache  {ready.num_blocks} blocks of {ready.block_size} tokens "
-        f"({ready.num_blocks * ready.block_size} tokens, {_size(kv_bytes)})"
-    )
-    for note in ready.notes:
-        _say(f"note      {note}")
+    for line in banner(config, ready):
+        _say(line)
     if telemetry.server is not None:
         _say(f"metrics   http://{config.metrics_host}:{telemetry.server.port}/metrics")
     security = ("TLS" if config.tls_certificate else "plaintext") + (
         ", keys" if config.api_keys else ", no keys"
     )
     _say(f"ready on {config.host}:{port} in {elapsed_s:.1f} s ({security})")
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
-
-
-def _size(num_bytes: int) -> str:
-    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
-        if num_bytes >= 1024**power:
-            return f"{num_bytes / 1024**power:.3g} {unit}"
-    return f"{num_bytes} B"
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from server.engine.loop import EngineParts
 from server.engine.options import EngineOptions
 from server.engine.serve import serve
@@ -69,6 +71,11 @@ def build(options: EngineOptions) -> EngineParts:
         )
         view = EngineTierView(tiering, snapshots, options=options.tiers, object_format=object_format)
         scheduler.tier_view = view
+    ready = msgspec.structs.replace(
+        ready,
+        policy=scheduler.cache.control.policy.name,
+        num_tier_objects={} if view is None else {tier.tier: tier.num_objects for tier in view.reports()},
+    )
     desk = CacheDesk(
         scheduler.cache,
         clock=clock,

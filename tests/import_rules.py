@@ -112,7 +112,9 @@ RULES = (
         ("kvcore",),
         (*UNSAFE, *TELEMETRY, *GRPC, *TREE, "asyncio", "torch", "transformers"),
     ),
-    Rule("server.engine", ("kvcore", "server.engine"), (*OUTSIDE, *GRPC, *TENSORS)),
+    # Both processes write their logs alike.
+    Rule("server.logs", (), standard_library_only=True),
+    Rule("server.engine", ("kvcore", "server.engine", "server.logs"), (*OUTSIDE, *GRPC, *TENSORS)),
     Rule("server.worker", ("kvcore", "server.worker", *CONTRACTS), (*OUTSIDE, *GRPC, *TREE, "asyncio")),
     Rule(
         "server.rpc",

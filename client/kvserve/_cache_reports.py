@@ -36,7 +36,7 @@ class CacheStats:
     """Those that found at least one token."""
     misses: int
     request_hit_rate: float
-    """[0, 1]; 0 before the first request."""
+    """Of requests that found at least one token: one that all prompts begin with counts. [0, 1]."""
     token_hit_rate: float
     """Reused tokens over prompt tokens."""
     prompt_tokens: int
@@ -121,7 +121,7 @@ class TierStats:
     read_bytes_per_s: float
     write_bytes_per_s: float
     crossover_tokens: int
-    """Prefix length from which bringing it back beats computing it; 0: always, -1: never, -2: not measured yet."""
+    """Prefix length from which bringing it back pays; 0: always, -1: never, -2: not measured yet."""
     last_fault: str
     codec: str
     divergence: Divergence | None

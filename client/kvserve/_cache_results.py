@@ -111,7 +111,7 @@ class PrefixLookup:
     tiers: tuple[TierBlocks, ...]
     """What would be brought back, beyond what the device has."""
     prefix_id: PrefixId | None
-    """Of the deepest block on the device; None if there is none."""
+    """Where a pin would end: of a block with the prompt's end, or else of the last whole block, if any."""
 
     @property
     def cached_tokens(self) -> int:

@@ -28,6 +28,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     heartbeat_s: float = 0.5
     debug: bool = False
     """Send tracebacks along with faults, and log more."""
+    log_format: str = "text"
+    log_level: str = "info"
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

@@ -188,7 +188,7 @@ class FakeEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
-        self._desk.state.set(EngineState.DEAD)
+        self._desk.state.stop()
         self._desk.admin.close()
 
     def lose(self) -> None:

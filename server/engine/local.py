@@ -108,7 +108,7 @@ class LocalEngine:
     async def stop(self, *, grace_s: float) -> None:
         """Refuse new requests, let running ones finish for ``grace_s``, then end them. Idempotent."""
         if self._thread is None or self._ended is None:
-            self._desk.state.set(EngineState.DEAD)
+            self._desk.state.stop()
             self._desk.admin.close()
             return
         if self.state is EngineState.READY:
@@ -123,7 +123,7 @@ class LocalEngine:
         await asyncio.wait({self._ended}, timeout=STEP_GRACE_S)
         if not self._ended.done():
             log.error("the engine's thread is stuck in a step; leaving it behind")
-            self._desk.state.set(EngineState.DEAD)
+            self._desk.state.stop()
             self._desk.admin.close()
 
     def _send(self, message: ToEngine) -> None:
@@ -191,5 +191,8 @@ class LocalEngine:
         self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(error)
-        self._desk.state.set(EngineState.DEAD)
+        if error is None:
+            self._desk.state.stop()
+        else:
+            self._desk.state.set(EngineState.DEAD)
         self._desk.admin.close()

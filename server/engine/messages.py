@@ -253,6 +253,10 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     load_s: float
     notes: list[str] = []
     """What an operator should know, for example why the fast executor was not used."""
+    policy: str = ""
+    """Of eviction; by its own name, where the options have another one for it."""
+    num_tier_objects: dict[str, int] = {}
+    """What tiers that outlive the process were found to hold."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -262,7 +266,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_waiting: int
     num_blocks: int
     num_blocks_leased: int
-    """Held by running requests."""
+    """Held by running requests and hard pins."""
     num_blocks_cached: int
     """Held by the tree alone: reusable, and free memory at the same time."""
     num_blocks_free: int

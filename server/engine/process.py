@@ -55,14 +55,23 @@ class EngineProcess:
         *,
         limits: ChildLimits | None = None,
         debug: bool = False,
+        log_format: str = "text",
+        log_level: str = "info",
         module: str = "server.engine_main",
     ) -> None:
         """``module`` is run with ``--fd N`` and calls ``server.engine.serve.serve``; tests bring their own.
 
-        ``debug``: the process logs more, and says tracebacks with its errors.
+        ``debug``: the process logs more, and says tracebacks with its errors. ``log_format`` and
+        ``log_level`` as for ``configure_logs``.
         """
         self._limits = limits or ChildLimits()
-        self._start = Start(options, heartbeat_s=self._limits.heartbeat_s, debug=debug)
+        self._start = Start(
+            options,
+            heartbeat_s=self._limits.heartbeat_s,
+            debug=debug,
+            log_format=log_format,
+            log_level=log_level,
+        )
         self._module = module
         self._desk = Desk(self._send, max_waiting=options.max_waiting)
         self._child: EngineChild | None = None
@@ -172,7 +181,7 @@ class EngineProcess:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.shield(keeper)
             self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
-            self._desk.state.set(EngineState.DEAD)
+            self._desk.state.stop()
             self._desk.admin.close()
 
     def _send(self, message: ToEngine) -> None:

@@ -29,6 +29,7 @@ from server.engine.link import ChildLink
 from server.engine.loop import EngineLoop, EngineParts, Inbox, Stop
 from server.engine.messages import ToEngine
 from server.engine.options import EngineOptions
+from server.logs import configure_logs
 
 __all__ = ["EXIT_BROKEN", "EXIT_DONE", "EXIT_NOT_STARTED", "serve"]
 
@@ -58,10 +59,10 @@ def serve(fd: int, build: Callable[[EngineOptions], EngineParts]) -> int:
     except LinkError as error:
         sys.stderr.write(f"engine: {error}\n")
         return EXIT_NOT_STARTED
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if start.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s",
+    configure_logs(
+        format_name=start.log_format,
+        level="debug" if start.debug else start.log_level,
+        fields={"engine_pid": os.getpid()},
     )
     return _Child(link, start).run(early, build)
 

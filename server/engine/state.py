@@ -27,9 +27,16 @@ class StateCell:
 
     def set(self, value: EngineState) -> None:
         """Change the state and wake who waits for it, even if it changes again before they run."""
+        self._change(value, value.value)
+
+    def stop(self) -> None:
+        """It is DEAD, because it was asked to end."""
+        self._change(EngineState.DEAD, "stopped")
+
+    def _change(self, value: EngineState, word: str) -> None:
         if value is self._value:
             return
-        log.info("engine is %s", value.value)
+        log.info("engine is %s", word)
         self._value = value
         for waiter in self._waiters.pop(value, []):
             if not waiter.done():

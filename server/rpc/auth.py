@@ -118,6 +118,10 @@ class Authenticator:
         """Return whose cache a salt keeps apart; empty if nobody's who has a key."""
         return self._tenants.get(salt, "")
 
+    def salts_of(self, tenant: str) -> frozenset[str]:
+        """Return the salts of a tenant's keys, one for each; none if there is no such tenant."""
+        return frozenset(caller.salt for caller in self._callers if caller.tenant == tenant)
+
     def _find(self, header: str | bytes) -> Caller | None:
         text = header.decode("latin-1") if isinstance(header, bytes) else header
         scheme, _, token = text.partition(" ")

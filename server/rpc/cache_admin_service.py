@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -30,23 +30,40 @@ from server.engine.errors import EngineUnavailableError
 from server.engine.interface import ModelControl
 from server.rpc import cache_admin_convert as convert
 from server.rpc import cache_admin_read as read
+from server.rpc.auth import Authenticator
 from server.rpc.cache_admin_read import Selected
 from server.rpc.cache_watch import WatchHub
 from server.rpc.call import current_call
-from server.rpc.errors import DeadlinePassed, InternalError, ResponseTooLarge, error_from_engine
+from server.rpc.errors import (
+    DeadlinePassed,
+    InternalError,
+    InvalidArgument,
+    ResponseTooLarge,
+    error_from_engine,
+)
 from server.rpc.generate_service import ServiceLimits
 from server.rpc.model_admin import ModelAdmin
 from server.rpc.requests import ModelLimits
 from server.rpc.served_model import ServedModel
 from server.rpc.stream_writer import StreamWriter
+from server.rpc.validation import is_namespace_id
 from server.rpc.warming import spec_of, warm
 
 __all__ = ["CacheAdminService"]
 
 R = TypeVar("R")
 Context = aio.ServicerContext[Any, Any]
+NamesNamespace = (
+    pb.GetStatsRequest
+    | pb.ListPrefixesRequest
+    | pb.EvictPrefixesRequest
+    | pb.WatchCacheRequest
+    | pb.SaveSnapshotRequest
+)
 
 MAX_PREVIEW_CHARS = 160
+MAX_NAMED = 1_000_000
+"""Namespaces among which a tenant's are looked for: all."""
 WATCH_BEGIN_S = 1.0
 """Headers of a watch are sent when its events come, or after so long if the engine is not there to tell."""
 
@@ -60,14 +77,14 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
         *,
         hub: WatchHub,
         control: ModelControl | None,
-        tenant_of: Callable[[str], str],
+        tenants: Authenticator,
         limits: ServiceLimits,
     ) -> None:
-        """``tenant_of`` names the owner of a namespace's salt; without ``control`` the model stays loaded."""
+        """``tenants`` knows the owners of namespaces; without ``control`` the model stays loaded."""
         self._model = model
         self._hub = hub
         self._models = ModelAdmin(model, control)
-        self._tenant_of = tenant_of
+        self._tenants = tenants
         self._limits = limits
 
     # -- looking ------------------------------------------------------------------------------------
@@ -75,6 +92,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
         """Return the cache's figures."""
         ready = self._model.loaded(request.model).ready
+        await self._name_namespace(request)
         report = await self._carry_out(read.read_stats(request), ops.CacheReport)
         return self._checked(
             convert.stats_of(
@@ -83,7 +101,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
                 fingerprint=ready.fingerprint,
                 block_size=ready.block_size,
                 bytes_per_block=ready.bytes_per_block,
-                tenant_of=self._tenant_of,
+                tenant_of=self._tenants.tenant_of,
             )
         )
 
@@ -93,6 +111,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
         """Return a page of cached prefixes."""
         ready = self._model.loaded(request.model).ready
         salt = current_call.get().caller.salt
+        await self._name_namespace(request)
         page = await self._carry_out(read.read_list(request, viewer_salt=salt), ops.PrefixPage)
         # The engine has left the tokens of others out; whose an entry is decides here once more.
         own = {i: e.preview for i, e in enumerate(page.entries) if e.salt == salt and e.preview}
@@ -102,7 +121,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
                 page,
                 bytes_per_block=ready.bytes_per_block,
                 previews=previews,
-                tenant_of=self._tenant_of,
+                tenant_of=self._tenants.tenant_of,
             ),
             advice="; ask for a smaller page",
         )
@@ -195,6 +214,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
     ) -> pb.EvictPrefixesResponse:
         """Take prefixes out of the cache."""
         limits = self._model.loaded(request.model).limits
+        await self._name_namespace(request)
         subtree, op = read.read_evict(request, limits)
         if subtree is not None:
             op = msgspec.structs.replace(op, subtree=await self._ref(subtree, limits))
@@ -220,6 +240,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
     async def WatchCache(self, request: pb.WatchCacheRequest, context: Context) -> None:  # noqa: N802
         """Tell what happens to the cache, over restarts of the engine."""
         self._model.check_name(request.model)
+        await self._name_namespace(request)
         watcher = self._hub.join(read.read_watch(request))
         try:
             async with self._writer(context) as writer:
@@ -237,6 +258,7 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
     async def SaveSnapshot(self, request: pb.SaveSnapshotRequest, context: Context) -> None:  # noqa: N802
         """Write cached prefixes to the server's disk."""
         self._model.loaded(request.model)
+        await self._name_namespace(request)
         await self._snapshot(read.read_save(request), context)
 
     async def RestoreSnapshot(self, request: pb.RestoreSnapshotRequest, context: Context) -> None:  # noqa: N802
@@ -292,6 +314,26 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
         prompt = prefix.prompt
         token_ids = [] if prompt is None else await self._model.tokenize(prompt, limits)
         return prefix.ref(token_ids, limits, salt=current_call.get().caller.salt)
+
+    async def _name_namespace(self, request: NamesNamespace) -> None:
+        """Put the id into a request that names a namespace by its tenant.
+
+        Raises :class:`InvalidArgument` for a tenant with several of them, or of whom nothing is known yet.
+        What is no tenant's name is left for the validation.
+        """
+        tenant = request.namespace
+        salts = self._tenants.salts_of(tenant)
+        if not salts or is_namespace_id(tenant):
+            return
+        report = await self._carry_out(ops.ReadStats(max_namespaces=MAX_NAMED), ops.CacheReport)
+        found = sorted(one.namespace for one in report.namespaces if one.salt in salts)
+        if not found:
+            raise InvalidArgument.of("namespace", "the cache knows nothing of this tenant yet")
+        if len(found) > 1:
+            raise InvalidArgument.of(
+                "namespace", f"this tenant has one for each of its keys; name one by id: {', '.join(found)}"
+            )
+        request.namespace = found[0]
 
     async def _carry_out(self, op: AdminOp, expected: type[R], *, path: str = "") -> R:
         """Have the engine carry ``op`` out. ``path`` is the field that names its prefix."""

@@ -78,7 +78,7 @@ class FrontEnd:
             self._model,
             hub=self._hub,
             control=model_control,
-            tenant_of=authenticator.tenant_of,
+            tenants=authenticator,
             limits=limits,
         )
         self._server = make_server(options.listen, [self._interceptor])

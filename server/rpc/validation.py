@@ -13,7 +13,7 @@ from typing import Protocol
 
 from server.rpc.errors import FieldViolation, InvalidArgument
 
-__all__ = ["MAX_LIFETIME_S", "PlainDuration", "Violations"]
+__all__ = ["MAX_LIFETIME_S", "PlainDuration", "Violations", "is_namespace_id"]
 
 MAX_LIFETIME_S = 10 * 365.25 * 86_400
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]*")
@@ -22,6 +22,11 @@ _PREFIX_ID = re.compile(r"[0-9a-f]{8,64}")
 _NAMESPACE = re.compile(r"[0-9a-f]{16}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_namespace_id(value: str) -> bool:
+    """Say whether this has the form of a namespace's id."""
+    return _NAMESPACE.fullmatch(value) is not None
 
 
 class PlainDuration(Protocol):
@@ -135,8 +140,8 @@ class Violations:
 
     def namespace(self, field: str, value: str) -> bool:
         """Check the id of a namespace; empty stands for all."""
-        if value and _NAMESPACE.fullmatch(value) is None:
-            return self.add(field, "must be 16 hexadecimal digits, in lower case")
+        if value and not is_namespace_id(value):
+            return self.add(field, "must be 16 hexadecimal digits, in lower case, or a tenant's name")
         return True
 
     def plain_name(self, field: str, value: str) -> bool:

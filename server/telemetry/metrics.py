@@ -198,9 +198,13 @@ class EngineCollector(Collector):
         )
         yield gauge("num_requests_running", "Requests that take part in steps.", stats.num_running)
         yield gauge("num_requests_waiting", "Requests in the queue.", stats.num_waiting)
-        yield gauge("kv_cache_usage_perc", "Share of KV blocks held by running requests; 1 is all.", used)
+        yield gauge(
+            "kv_cache_usage_perc",
+            "Share of KV blocks held by requests and hard pins; 1 is all.",
+            used,
+        )
         yield gauge("kv_blocks", "KV blocks altogether.", stats.num_blocks)
-        yield gauge("kv_blocks_leased", "KV blocks held by running requests.", stats.num_blocks_leased)
+        yield gauge("kv_blocks_leased", "KV blocks held by requests and hard pins.", stats.num_blocks_leased)
         yield gauge("kv_blocks_cached", "KV blocks held by the prefix tree alone.", stats.num_blocks_cached)
         yield gauge("kv_blocks_free", "KV blocks that hold nothing.", stats.num_blocks_free)
         yield counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens)

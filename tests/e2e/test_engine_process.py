@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import signal
@@ -238,6 +239,35 @@ async def test_a_start_in_debug_brings_the_traceback_along():
         await engine.start()
     assert caught.value.detail is not None
     assert "raise FakeLoadError" in caught.value.detail
+
+
+async def test_the_engine_logs_as_the_front_end_does(capfd: pytest.CaptureFixture[str]):
+    engine = EngineProcess(
+        EngineOptions(model="fake"), log_format="json", log_level="warning", module="tests.fakes"
+    )
+    await engine.start()
+    pid = pid_of(engine)
+    await generate(engine, spec_of([Poison.RAISE]))
+    await engine.stop(grace_s=5)
+    entries = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert {(entry["engine_pid"], entry["time"][-1]) for entry in entries} == {(pid, "Z")}
+    assert "info" not in {entry["level"] for entry in entries}
+
+
+async def test_an_engine_that_was_asked_to_end_is_stopped_not_dead(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    engine = engine_of()
+    await engine.start()
+    os.kill(pid_of(engine), signal.SIGKILL)
+    await asyncio.wait_for(engine.wait_state(EngineState.DEAD), 1)
+    await asyncio.wait_for(engine.wait_state(EngineState.READY), 10)
+    await engine.stop(grace_s=5)
+    assert engine.state is EngineState.DEAD
+    said = [r.message for r in caplog.records if r.message.startswith("engine is ")]
+    assert [line for line in said if line in {"engine is dead", "engine is stopped"}] == [
+        "engine is dead",
+        "engine is stopped",
+    ]
 
 
 async def test_a_module_that_is_not_there_is_a_failed_start():

@@ -29,6 +29,7 @@ def test_it_says_what_it_loaded(running: ServerProcess) -> None:
     assert "cpu, float32" in text
     assert "1 threads" in text
     assert "256 blocks of 16 tokens (4096 tokens, " in text
+    assert "policy    foresight\n" in text
     assert "(plaintext, no keys)" in text
 
 

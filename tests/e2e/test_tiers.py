@@ -222,6 +222,8 @@ def test_a_redis_that_goes_away_is_noticed_and_nothing_else(
         redis_server.stop()
         assert ask_all(process) == expected
         ask(process, "Something new, so that a lookup and a store are tried. " * 8)
+        warning = process.wait_for(r"warning tier redis is left alone.*").group()
+        assert redis_server.url not in warning
 
 
 def progress_to_end(stream: Iterator[Any]) -> Any:

@@ -144,12 +144,25 @@ class ScriptedCache(cache_admin_pb2_grpc.CacheAdminServiceServicer):
             cached_block_tokens=self.tokens_reused,
             computed_tokens=self.tokens_asked - self.tokens_reused,
             evicted_blocks={"capacity": 7, "admin": 2},
+            restored_blocks=30,
             time_saved_s=12.5,
         )
         spaces = dict.fromkeys(entry.namespace for entry in chosen)
         tenants = {entry.namespace: entry.tenant for entry in chosen}
         disk = pb.TierStats(
-            tier="disk", is_available=True, objects=3, bytes=3072, hits=9, misses=1, codec="zstd"
+            tier="disk",
+            is_available=True,
+            objects=3,
+            bytes=3072,
+            hits=9,
+            misses=1,
+            stored=4,
+            stored_bytes=4096,
+            fetched=1200,
+            fetched_bytes=1024,
+            quarantined=1,
+            failures={"missing": 0, "corrupt": 2},
+            codec="zstd",
         )
         redis = pb.TierStats(tier="redis", is_available=False, last_fault="unreachable")
         return pb.GetStatsResponse(
@@ -164,6 +177,11 @@ class ScriptedCache(cache_admin_pb2_grpc.CacheAdminServiceServicer):
             namespaces=[pb.NamespaceStats(namespace=n, tenant=tenants[n], stats=total) for n in spaces],
             tiers=[disk, redis],
             pins=pb.PinStats(soft_pins=sum(entry.pin == pb.PIN_KIND_SOFT for entry in chosen)),
+            prefetch=pb.PrefetchStats(
+                waiting=pb.PrefetchCounts(fetched_blocks=40, used_blocks=30, late_blocks=8, wasted_blocks=2),
+                restore_s=2.0,
+                hidden_s=0.5,
+            ),
             uptime_s=3600,
             policy=self.policy,
         )

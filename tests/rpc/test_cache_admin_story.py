@@ -16,6 +16,7 @@ from server.engine.cache_desk import CacheDesk
 from server.engine.local import LocalEngine
 from server.engine.loop import EngineParts
 from server.engine.options import EngineOptions
+from server.rpc.auth import parse_api_keys
 from tests.fakes import FakeRunner, fake_parts
 from tests.rpc.harness import Server, refused, serving
 from tests.rpc.test_cache_admin import KEYS, TEXT, bearer
@@ -74,6 +75,19 @@ async def test_warm_look_pin_release_and_evict() -> None:
         evicted = await admin.EvictPrefixes(pb.EvictPrefixesRequest(subtree=HERE))
         assert evicted.evicted_blocks >= 1
         assert (await generate(server, HERE)).usage.computed_prompt_tokens >= 16
+
+
+async def test_warm_names_a_prompt_alike_with_and_without_a_pin() -> None:
+    prompt = {"token_ids": {"ids": [*TOKENS, 7, 8, 9]}}  # ends within a block
+    async with real_server() as (server, _):
+        names = []
+        for pin in (pb.PIN_KIND_UNSPECIFIED, pb.PIN_KIND_SOFT):
+            async for step in server.admin.WarmPrefix(pb.WarmPrefixRequest(prefix=prompt, pin=pin)):
+                last = step
+            names.append(last.prefix_id)
+        assert len(set(names)) == 1
+        named = pb.UnpinPrefixRequest(prefix={"prefix_id": names[0]})
+        assert (await server.admin.UnpinPrefix(named)).was_pinned
 
 
 async def test_neighbours_are_exact_whatever_the_operator_does() -> None:
@@ -150,3 +164,37 @@ async def test_a_watch_sees_blocks_come_and_go() -> None:
             pb.CACHE_EVENT_KIND_EVICTED,
         ]
         watch.cancel()
+
+
+async def test_a_namespace_goes_by_its_tenants_name() -> None:
+    entries = [
+        {"tenant": "carol", "key": f"carol-key-{n}-0123456789", "scopes": ["generate"]} for n in (1, 2)
+    ]
+    entries += [{"tenant": "alice", "key": "alice-key-0123456789", "scopes": ["generate", "admin"]}]
+    entries += [{"tenant": name, "key": f"{name}-key-0123456789"} for name in ("bob", "dave")]
+    async with real_server(keys=parse_api_keys(entries)) as (server, _):
+        admin, me = server.admin, bearer("alice")
+        for who in ("alice", "bob", "carol-key-1", "carol-key-2"):
+            key = who if "-" in who else f"{who}-key"
+            await generate(server, HERE, (("authorization", f"Bearer {key}-0123456789"),))
+
+        everything = await admin.GetStats(pb.GetStatsRequest(), metadata=me)
+        ids = {space.tenant: space.namespace for space in everything.namespaces}
+        events = admin.WatchCache(pb.WatchCacheRequest(namespace="bob"), metadata=me)
+        await events.initial_metadata()
+        stats = await admin.GetStats(pb.GetStatsRequest(namespace="bob"), metadata=me)
+        assert [space.namespace for space in stats.namespaces] == [ids["bob"]]
+        listed = await admin.ListPrefixes(pb.ListPrefixesRequest(namespace="bob"), metadata=me)
+        assert {entry.tenant for entry in listed.prefixes} == {"bob"}
+        await admin.EvictPrefixes(pb.EvictPrefixesRequest(namespace="bob"), metadata=me)
+        assert (await events.read()).namespace == ids["bob"]
+        left = await admin.ListPrefixes(pb.ListPrefixesRequest(), metadata=me)
+        assert {entry.tenant for entry in left.prefixes} == {"alice", "carol"}
+
+        several = await refused(admin.GetStats(pb.GetStatsRequest(namespace="carol"), metadata=me))
+        assert several.code is Code.INVALID_ARGUMENT
+        carols = sorted(space.namespace for space in everything.namespaces if space.tenant == "carol")
+        assert f"name one by id: {', '.join(carols)}" in several.message
+        for nobody in ("dave", "eve"):
+            refusal = await refused(admin.GetStats(pb.GetStatsRequest(namespace=nobody), metadata=me))
+            assert (refusal.code, list(refusal.fields)) == (Code.INVALID_ARGUMENT, ["namespace"])

@@ -28,10 +28,15 @@ async def test_stats_for_people_and_for_programs(server):
     server.cache.add("a prefix of 20 bytes", in_use=True)
     code, out, _ = await cache(server, "stats")
     assert code == 0
-    assert "hit rate        40.0% of 1,000 prompt tokens, 75.0% of 20 requests\n" in out
-    assert "blocks          64: 5 in use, 0 cached, 59 free\n" in out
-    assert "evicted blocks  admin 2, capacity 7; expired 0\n" in out
+    assert "hit rate           40.0% of 1,000 prompt tokens, 75.0% of 20 requests\n" in out
+    assert "blocks             64: 5 in use, 0 cached, 59 free\n" in out
+    assert "evicted blocks     admin 2, capacity 7; expired 0\n" in out
     assert "redis  left alone" in out
+    assert "restores           30 blocks; 2.0s for waiting requests, 25.0% of it hidden\n" in out
+    assert "prefetch, waiting  40 blocks: 30 used, 8 late, 2 wasted\n" in out
+    assert "prefetch, sessions" not in out
+    traffic = "4 stored (4.0 KiB), 1,200 fetched (1.0 KiB), 1 quarantined, 2 fetches failed: corrupt"
+    assert f"TIER  TRAFFIC\ndisk  {traffic}\n" in out
     code, out, _ = await cache(server, "stats", "--json")
     assert (code, out.count("\n")) == (0, 1)
     assert json.loads(out)["total"]["evicted_blocks"] == {"capacity": 7, "admin": 2}
@@ -163,7 +168,7 @@ async def test_what_takes_much_wants_a_yes_where_nobody_can_be_asked(server):
 
 async def test_policy_is_shown_and_changed(server):
     code, out, _ = await cache(
-        server, "policy", "--set", "best", "--trial", "lru,best", "--canary", "lru=0.25"
+        server, "policy", "--set", "best", "--trial", "lru,best", "--canary", "lru:25%"
     )
     assert code == 0
     assert out.startswith("policy best\ncanary lru: 0 namespaces (25.0%)")
@@ -171,8 +176,12 @@ async def test_policy_is_shown_and_changed(server):
     assert (await cache(server, "policy", "--trial", ""))[0] == 0
     assert server.cache.trial == []
     assert json.loads((await cache(server, "policy", "--json"))[1])["canary"]["share"] == 0.25
-    assert (await cache(server, "policy", "--canary", "lru"))[0] == 2
-    assert (await cache(server, "policy", "--canary", "lru=0.9"))[0] == 2
+    assert (await cache(server, "policy", "--canary", "lru:0.9"))[0] == 2
+    for wrong in ("lru", "lru=0.1", ":10%", "lru:", "lru:nan"):
+        code, _, err = await cache(server, "policy", "--canary", wrong)
+        assert (code, "such as arc:10%" in err) == (2, True)
+    assert (await cache(server, "policy", "--canary", "lru:0"))[0] == 0
+    assert server.cache.canary is None
 
 
 async def test_watch_writes_events_and_what_was_lost(server):
@@ -203,11 +212,19 @@ async def test_watch_as_json_lines_until_interrupted(server):
     await asyncio.wait_for(server.cache.cancelled.wait(), NOTICED_S)
 
 
+async def test_watch_ends_quietly_when_its_time_is_over(server):
+    assert await cache(server, "watch", "--timeout", "200ms") == (0, "", "")
+    assert server.cache.watching.is_set()
+    code, _, err = await kvctl("cache", "watch", "--timeout", "60s", "--target", "127.0.0.1:1")
+    assert (code, "unavailable" in err) == (3, True)
+
+
 async def test_snapshots(server):
     server.cache.add("kept")
     code, out, _ = await cache(server, "save", "monday")
     assert (code, out) == (0, "1 of 1 objects saved, 1.0 KiB, 0 left out, 0ms\n")
-    assert await cache(server, "save", "monday") == (1, "", "kvctl: a snapshot has this name\n")
+    taken = "kvctl: a snapshot has this name; --replace takes its place\n"
+    assert await cache(server, "save", "monday") == (1, "", taken)
     assert (await cache(server, "save", "monday", "--replace"))[0] == 0
     code, out, _ = await cache(server, "restore", "monday", "--json")
     assert (code, json.loads(out)["done_objects"]) == (0, 1)

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from kvserve.v1 import cache_admin_pb2 as admin_pb
 from kvserve.v1 import generate_pb2 as pb
 from server.engine.fake import FakeEngine
 from server.engine.interface import EngineState
@@ -272,3 +273,14 @@ async def test_what_does_not_finish_within_the_grace_is_ended() -> None:
         refusal = await refused(running)
         assert (refusal.code, refusal.reason) == (Code.UNAVAILABLE, "DRAINING")
         assert loop.time() - started_s < 2
+
+
+async def test_a_timer_that_is_early_by_the_calls_clock_is_a_deadline_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # An event loop's clock is coarser than the one that calls are measured with.
+    monkeypatch.setattr(Call, "remaining_s", lambda call: 0.0005)
+    async with serving(FakeEngine(), limits=CallLimits(max_call_s=0.1)) as server:
+        refusal = await refused(server.admin.WatchCache(admin_pb.WatchCacheRequest()).read())
+    assert refusal.code is Code.DEADLINE_EXCEEDED
+    assert "call failed" not in caplog.text

@@ -101,3 +101,11 @@ def test_watching_is_counted() -> None:
     metrics.watch_lost(5)
     assert registry.get_sample_value("kvserve_cache_watchers") == 3.0
     assert registry.get_sample_value("kvserve_cache_watch_lost_events_total") == 15.0
+
+
+async def test_hard_pins_are_said_to_be_among_the_blocks_held() -> None:
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(FakeEngine(), model_name="m"))
+    helps = {metric.name: metric.documentation for metric in registry.collect()}
+    assert "hard pins" in helps["kvserve_kv_blocks_leased"]
+    assert "hard pins" in helps["kvserve_kv_cache_usage_perc"]

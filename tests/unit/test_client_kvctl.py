@@ -92,9 +92,16 @@ def test_restored_tokens_are_part_of_the_statistics():
         timings=kvserve.Timings(0, 0, 0, 0, 0.004, 0, 0, restore=fetched),
     )
     assert stats_line(result, first_token_s=None, elapsed_s=1) == (
-        "[prompt 100 tokens, 80 cached (64 restored) | 64 of 96 tokens from disk in 4.0 ms,"
-        " 1.0 ms of it waited for (expected 3.0 ms, computing 50.0 ms) | eos]"
+        "[prompt 100 tokens, 80 cached (64 restored) | restored 64 of 96 tokens from disk in 4.0 ms"
+        " (1.0 ms of it waited for; expected 3.0 ms, computing 50.0 ms) | eos]"
     )
+    for wait_s, text in (
+        (0.006, "in 4.0 ms (4.0 ms of it waited for;"),
+        (0.0, "in 4.0 ms (none of it waited"),
+    ):
+        timings = replace(result.timings, restore=replace(fetched, wait_s=wait_s))
+        line = stats_line(replace(result, timings=timings), first_token_s=None, elapsed_s=1)
+        assert text in line
     left = replace(fetched, decision=kvserve.RestoreDecision.RECOMPUTE, restored_tokens=0)
     result = replace(
         result,

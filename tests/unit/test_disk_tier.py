@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import stat
@@ -344,7 +345,8 @@ def test_another_models_objects_leave_first_when_they_are_older(disk):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_store_that_fails_is_counted_and_tried_again_after_the_back_off(disk, fault):
+def test_a_store_that_fails_is_counted_and_tried_again_after_the_back_off(disk, fault, caplog):
+    caplog.set_level(logging.INFO, "kvcore.tiers")
     clock, files = ManualClock(), FaultyFiles()
     tier = disk.open(clock=clock, files=files)
     kept = make_object()
@@ -364,6 +366,10 @@ def test_a_store_that_fails_is_counted_and_tried_again_after_the_back_off(disk, 
     clock.advance(1.0)
     store(tier, lost)
     assert tier.stats().is_available
+    assert [record.getMessage() for record in caplog.records if "tier disk is" in record.getMessage()] == [
+        f"tier disk is left alone for a while (writing): {stats.last_fault}",
+        "tier disk is back (writing)",
+    ]
     assert list(disk.root.glob("*/tmp/*")) == []
     assert disk.files() == sorted([name_of_key(kept.key), name_of_key(lost.key)])
 

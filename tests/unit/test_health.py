@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from kvcore.clock import ManualClock
 from kvcore.tiers.health import Health, HealthState
+from kvcore.tiers.outages import OutageLog
 
 
 @pytest.fixture
@@ -92,3 +95,44 @@ def test_settings_that_make_no_sense_are_refused(clock):
     ):
         with pytest.raises(ValueError, match="failures_to_open >= 1"):
             make(clock, **options)
+
+
+def outage_lines(caplog):
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_an_outage_is_logged_once_and_its_end_once(clock, caplog):
+    caplog.set_level(logging.INFO)
+    outages, blocks, tails = OutageLog("redis"), make(clock), make(clock)
+    outages.watch(blocks)
+    outages.watch(tails)
+    for _ in range(3):
+        blocks.failed("unreachable")
+        tails.failed("unreachable")
+    clock.advance(1.0)
+    assert blocks.may_try()
+    blocks.failed("unreachable")  # a retry in vain is the same outage
+    assert outage_lines(caplog) == [("WARNING", "tier redis is left alone for a while: unreachable")]
+    clock.advance(2.0)
+    for health in (blocks, tails):
+        assert health.may_try()
+        health.succeeded()
+        health.succeeded()
+    assert outage_lines(caplog)[1:] == [("INFO", "tier redis is back")]
+
+
+def test_reading_goes_on_while_writing_is_left_alone(clock, caplog):
+    caplog.set_level(logging.INFO)
+    outages, reading, writing = OutageLog("disk"), make(clock), make(clock)
+    outages.watch(reading, "reading")
+    outages.watch(writing, "writing")
+    writing.failed("no space left")
+    reading.failed("read error")
+    clock.advance(1.0)
+    assert writing.may_try()
+    writing.succeeded()
+    assert outage_lines(caplog) == [
+        ("WARNING", "tier disk is left alone for a while (writing): no space left"),
+        ("WARNING", "tier disk is left alone for a while (reading): read error"),
+        ("INFO", "tier disk is back (writing)"),
+    ]

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from server.telemetry.logs import configure_logs
+from server.logs import configure_logs
 
 HOSTILE = "a\nERROR forged\r\x1b[31mred\u2028\u202ex\x85\0"
 
@@ -41,3 +41,22 @@ def test_hostile_values_stay_in_their_line(format_name: str) -> None:
         entry = json.loads(lines[0])
         assert (entry["request_id"], entry["count"], entry["level"]) == (HOSTILE, 3, "error")
         assert "ValueError" in entry["exception"]
+
+
+@pytest.mark.parametrize("format_name", ["text", "json"])
+def test_every_line_has_the_fields_of_its_process(format_name: str) -> None:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        configure_logs(format_name=format_name, level="info", stream=stream, fields={"engine_pid": 7})
+        logging.getLogger("test").info("loaded", extra={"count": 3})
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    line = stream.getvalue()
+    if format_name == "json":
+        entry = json.loads(line)
+        assert (entry["engine_pid"], entry["count"]) == (7, 3)
+    else:
+        assert line.endswith("loaded engine_pid=7 count=3\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import pytest
@@ -281,11 +282,12 @@ def test_a_redis_that_is_not_there_starts_unavailable_and_is_found_when_it_comes
             late.stop()
 
 
-def test_a_redis_that_dies_and_comes_back_empty_loses_nothing_but_time(make_tier):
+def test_a_redis_that_dies_and_comes_back_empty_loses_nothing_but_time(make_tier, caplog):
     import tempfile
     from pathlib import Path
 
     with tempfile.TemporaryDirectory(prefix="kvr") as folder:
+        caplog.set_level(logging.INFO, "kvcore.tiers.outages")
         own = RedisServer(Path(folder))
         own.start()
         tier = make_tier(own.url)
@@ -302,6 +304,11 @@ def test_a_redis_that_dies_and_comes_back_empty_loses_nothing_but_time(make_tier
         store(tier, stored)
         tier.close()
         own.stop()
+        gone, back = [r for r in caplog.records if r.name == "kvcore.tiers.outages"]
+        assert (gone.levelname, back.levelname) == ("WARNING", "INFO")
+        assert gone.getMessage().startswith("tier redis is left alone for a while: ")
+        assert folder not in gone.getMessage()
+        assert back.getMessage() == "tier redis is back"
 
 
 def test_a_redis_that_hangs_costs_a_request_its_patience_and_no_more(make_tier, proxy):

@@ -156,7 +156,9 @@ class _Verbs:
             "--trial", metavar="NAME,...", help='run these in its shadow, and no others; "" ends all trials'
         )
         policy.add_argument(
-            "--canary", metavar="NAME=SHARE", help="give this share of namespaces another; 0 ends it"
+            "--canary",
+            metavar="NAME:SHARE",
+            help="give this share of namespaces another: arc:10%%; arc:0 ends it",
         )
         save = self._add("save", cache_steering.save, "write cached prefixes to a snapshot on the server")
         save.add_argument("name", help="a plain name")
@@ -168,4 +170,6 @@ class _Verbs:
 
 
 def _add_namespace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--namespace", metavar="ID", help="only this namespace (default: all)")
+    parser.add_argument(
+        "--namespace", metavar="ID", help="only this namespace, by id or by its tenant's name (default: all)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from itertools import islice
 
 import kvserve
@@ -54,15 +55,52 @@ def show_stats(parsed: argparse.Namespace, client: kvserve.Client) -> int:
         "evicted blocks": f"{evicted or 'none'}; expired {total.expired_blocks:,}",
         "pinned blocks": f"soft {report.pins.soft_blocks:,} of {report.pins.soft_budget_blocks:,},"
         f" hard {report.pins.hard_blocks:,} of {report.pins.hard_budget_blocks:,}",
+        **_restore_lines(report),
     }
     width = max(map(len, lines))
     for name, text in lines.items():
         say(f"{name:<{width}}  {text}")
     if report.tiers:
         say("\n" + _tier_table(report.tiers))
+        traffic = [(tier.tier, text) for tier in report.tiers if (text := _traffic(tier))]
+        if traffic:
+            say("\n" + table(("TIER", "TRAFFIC"), traffic))
     if report.namespaces:
         say("\n" + _namespace_table(report.namespaces))
     return 0
+
+
+def _restore_lines(report: kvserve.CacheReport) -> dict[str, str]:
+    """Return what restores and prefetch came to, as far as there were any."""
+    lines, prefetch = {}, report.prefetch
+    if report.total.restored_blocks or prefetch.restore_s:
+        text = f"{report.total.restored_blocks:,} blocks"
+        if prefetch.restore_s:
+            hidden = show_rate(prefetch.hidden_s / prefetch.restore_s)
+            text += f"; {show_seconds(prefetch.restore_s)} for waiting requests, {hidden} of it hidden"
+        lines["restores"] = text
+    for name, counts in (("waiting", prefetch.waiting), ("sessions", prefetch.sessions)):
+        if counts.fetched_blocks:
+            lines[f"prefetch, {name}"] = (
+                f"{counts.fetched_blocks:,} blocks: {counts.used_blocks:,} used,"
+                f" {counts.late_blocks:,} late, {counts.wasted_blocks:,} wasted"
+            )
+    return lines
+
+
+def _traffic(tier: kvserve.TierStats) -> str:
+    """Return what went in, out and wrong; what never happened is left out."""
+    counts = {
+        f"stored ({show_bytes(tier.stored_bytes)})": tier.stored,
+        f"fetched ({show_bytes(tier.fetched_bytes)})": tier.fetched,
+        "evicted": tier.evicted,
+        "expired": tier.expired,
+        "stores refused": tier.refused_stores,
+        "stores failed": tier.store_failures,
+        "quarantined": tier.quarantined,
+        **{f"fetches failed: {kind}": count for kind, count in sorted(tier.failures.items())},
+    }
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def _tier_table(tiers: tuple[kvserve.TierStats, ...]) -> str:
@@ -209,19 +247,29 @@ def look_up(parsed: argparse.Namespace, client: kvserve.Client) -> int:
 
 
 def watch(parsed: argparse.Namespace, client: kvserve.Client) -> int:
-    """Write a line for each event."""
+    """Write a line for each event, for as long as --timeout says."""
     options: CallOptions = {"model": parsed.model}
     if "timeout" in parsed:
         options["timeout_s"] = parsed.timeout
-    with client.cache.watch(parsed.namespace, parsed.kind, **options) as events:
-        for event in islice(events, parsed.count):
-            if parsed.json:
-                write_json(event)
-            else:
-                if event.num_lost:
-                    note(f"[{event.num_lost:,} events lost: read too slowly]")
-                say(_event_line(event))
+    began_s = time.monotonic()
+    try:
+        with client.cache.watch(parsed.namespace, parsed.kind, **options) as events:
+            for event in islice(events, parsed.count):
+                _write_event(event, as_json=parsed.json)
+    except kvserve.Error:
+        # Whatever the call ends with when its time is over: that is the end that was asked for.
+        if "timeout" not in parsed or time.monotonic() - began_s < parsed.timeout:
+            raise
     return 0
+
+
+def _write_event(event: kvserve.CacheEvent, *, as_json: bool) -> None:
+    if as_json:
+        write_json(event)
+        return
+    if event.num_lost:
+        note(f"[{event.num_lost:,} events lost: read too slowly]")
+    say(_event_line(event))
 
 
 def _event_line(event: kvserve.CacheEvent) -> str:

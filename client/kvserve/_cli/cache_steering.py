@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import kvserve
 from kvserve._cache_options import ClearOptions, EvictOptions, SaveOptions, WarmOptions
 from kvserve._cli.confirm import confirm
-from kvserve._cli.exits import EXIT_FAILED
-from kvserve._cli.output import note, say, table, write_json
+from kvserve._cli.exits import EXIT_FAILED, exit_code_of
+from kvserve._cli.output import complain, describe_error, note, say, table, write_json
 from kvserve._cli.prefix_arguments import given_prefix, prefix_options, wanted_prefix
 from kvserve._cli.steps import follow
 from kvserve._cli.units import show_bytes, show_rate, show_seconds
@@ -171,19 +172,21 @@ def policy(parsed: argparse.Namespace, client: kvserve.Client) -> int:
 
 
 def _canary(text: str) -> tuple[str, float]:
-    name, separator, share = text.rpartition("=")
-    try:
-        if separator and name:
-            return name, float(share)
-    except ValueError:
-        pass
-    raise ValueError(f"--canary must be NAME=SHARE, for example best=0.1; not {text!r}")
+    """Read what the server's own flag takes, too."""
+    found = re.fullmatch(r"([^:=]+):(\d+(?:\.\d+)?)(%?)", text, re.ASCII)
+    if found is None:
+        raise ValueError(f"--canary must be a policy and a share, such as arc:10%; not {text!r}")
+    return found[1], float(found[2]) / (100 if found[3] else 1)
 
 
 def save(parsed: argparse.Namespace, client: kvserve.Client) -> int:
     """Save a snapshot."""
     options: SaveOptions = {"model": parsed.model, "namespace": parsed.namespace, "replace": parsed.replace}
-    return _follow_snapshot(parsed, client.cache.save_snapshot(parsed.name, **options), "saved")
+    try:
+        return _follow_snapshot(parsed, client.cache.save_snapshot(parsed.name, **options), "saved")
+    except kvserve.AlreadyExists as error:
+        complain(f"{describe_error(error, target=None)}; --replace takes its place")
+        return exit_code_of(error)
 
 
 def restore(parsed: argparse.Namespace, client: kvserve.Client) -> int:

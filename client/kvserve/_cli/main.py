@@ -15,6 +15,7 @@ import kvserve
 from kvserve._cli import cache, chat, generate, inspect, models
 from kvserve._cli.exits import EXIT_INTERRUPTED, EXIT_USAGE, EXITS_HELP, exit_code_of
 from kvserve._cli.output import complain, describe_error
+from kvserve._cli.units import seconds
 from kvserve._config import DEFAULT_TARGET
 
 __all__ = ["main"]
@@ -96,7 +97,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target", metavar="HOST:PORT", default=unset, help="where the server is")
     group.add_argument("--api-key", metavar="KEY", default=unset, help="prefer KVSERVE_API_KEY")
     group.add_argument(
-        "--timeout", type=float, metavar="SECONDS", default=unset, help="deadline of each call (default: 300)"
+        "--timeout", type=seconds, metavar="TIME", default=unset, help="deadline of each call (default: 300s)"
     )
     group.add_argument("--tls", action="store_true", default=unset, help="encrypt the connection")
     group.add_argument(

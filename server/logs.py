@@ -1,5 +1,6 @@
 """Structured logs: one line per record, whatever is in it.
 
+The front end and the engine process write to the same stream, alike; the engine's lines say so in a field.
 Records carry fields by ``extra={...}``. Prompts, outputs and keys are never logged. Control characters are
 escaped in both formats, so that no value can begin a line of its own or colour a terminal.
 """
@@ -10,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 __all__ = ["configure_logs"]
@@ -18,7 +20,18 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 _MAX_VALUE_CHARS = 4096
 
 
-class JsonFormatter(logging.Formatter):
+class _FieldFormatter(logging.Formatter):
+    def __init__(self, fields: Mapping[str, object] | None = None) -> None:
+        """``fields`` are those of every line."""
+        super().__init__()
+        self._own_fields = dict(fields or {})
+
+    def fields_of(self, record: logging.LogRecord) -> dict[str, object]:
+        own = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        return self._own_fields | own
+
+
+class JsonFormatter(_FieldFormatter):
     """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -29,19 +42,19 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": _cut(record.getMessage()),
         }
-        entry.update({name: _plain(value) for name, value in _fields(record).items()})
+        entry.update({name: _plain(value) for name, value in self.fields_of(record).items()})
         if record.exc_info:
             entry["exception"] = _cut(self.formatException(record.exc_info), 8 * _MAX_VALUE_CHARS)
         return json.dumps(entry, ensure_ascii=True)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_FieldFormatter):
     """``time level message name=value ...``; a traceback follows in the same line, escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         parts = [_time_of(record), f"{record.levelname.lower():7}", _escape(_cut(record.getMessage()))]
-        parts += [f"{name}={_escape(str(_plain(value)))}" for name, value in _fields(record).items()]
+        parts += [f"{name}={_escape(str(_plain(value)))}" for name, value in self.fields_of(record).items()]
         if record.exc_info:
             parts.append(
                 "exception=" + _escape(_cut(self.formatException(record.exc_info), 8 * _MAX_VALUE_CHARS))
@@ -49,17 +62,22 @@ class TextFormatter(logging.Formatter):
         return " ".join(parts)
 
 
-def configure_logs(*, format_name: str, level: str, stream: TextIO | None = None) -> None:
-    """Send all logging of this process to ``stream`` (stderr), as ``text`` or ``json``."""
+def configure_logs(
+    *,
+    format_name: str,
+    level: str,
+    stream: TextIO | None = None,
+    fields: Mapping[str, object] | None = None,
+) -> None:
+    """Send all logging of this process to ``stream`` (stderr), as ``text`` or ``json``.
+
+    ``fields`` stand in every line.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format_name == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(fields) if format_name == "json" else TextFormatter(fields))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "filelock", "urllib3", "huggingface_hub", "asyncio", "grpc"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
 def _plain(value: object) -> str | int | float | bool | None:
