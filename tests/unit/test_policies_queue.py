@@ -25,10 +25,10 @@ class ByHand(EvictionPolicy):
         self.num_asked = 0
 
     def group_of(self, entry: Entry) -> int:
-        return entry.key[0]  # type: ignore[index]
+        return int(entry.key[0])  # type: ignore[index]
 
     def order(self, entry: Entry) -> float:
-        return entry.key[1]  # type: ignore[index]
+        return float(entry.key[1])  # type: ignore[index]
 
     def worth(self, group: int, head: Entry, now: float) -> float:
         self.num_asked += 1
