@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 # Extra arguments of `run`, `demo`, `test` and `docker-steps`.
 ARGS ?=
-# quick: about ten minutes; full: every shape, more repeats.
+# quick: about half an hour; full: every shape, more repeats.
 BENCH ?= quick
 CODE := kvcore server loadgen client/kvserve tests scripts
 PROTOS := $(wildcard protos/kvserve/v1/*.proto)
@@ -59,7 +59,7 @@ protos: install  ## make the generated stubs anew
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
 
 .PHONY: bench
-bench: install  ## measure against peers and limits, into reports/ (BENCH=full: everything)
+bench: install  ## measure against peers and limits, into reports/ (BENCH=full: everything; ARGS="--only ...": a part)
 	$(BIN)/python -m loadgen.bench --$(BENCH) $(ARGS)
 
 .PHONY: model

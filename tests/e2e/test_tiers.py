@@ -6,7 +6,7 @@ Every answer is compared, token for token, with that of a server that has no tie
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,20 +125,17 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, empty, Path.unlink])
-def test_damaged_files_cost_a_computation(
-    tmp_path: Path, expected: list[list[int]], damage: Callable[[Path], None]
-) -> None:
+def test_damaged_files_cost_a_computation(tmp_path: Path, expected: list[list[int]]) -> None:
     arguments = ("--disk-cache", str(tmp_path / "cache"))
     with start(*arguments) as process:
         assert ask_all(process.wait_ready()) == expected
         stop(process)
     with start(*arguments) as process:
         process.wait_ready()
-        files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > 1000]
-        assert len(files) > 10
-        for path in files:
-            damage(path)
+        files = sorted(p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > 1000)
+        assert len(files) > 20
+        for number, path in enumerate(files):
+            (truncate, flip, empty, Path.unlink)[number % 4](path)
         assert ask_all(process) == expected
         assert sum(tier_of(process, "disk").failures.values()) > 0
 
@@ -163,11 +160,10 @@ def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
             assert "Traceback" not in second.text
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_host_memory_keeps_what_the_device_cannot(expected: list[list[int]], codec: str) -> None:
+def test_host_memory_keeps_what_the_device_cannot(expected: list[list[int]]) -> None:
     device = ("--num-blocks", "64", "--threads", "1", "--dtype", "float32")
     with server(
-        "--port", "0", *device, "--host-cache", "256MB", "--host-codec", codec, "--restore", "always"
+        "--port", "0", *device, "--host-cache", "256MB", "--host-codec", "zstd", "--restore", "always"
     ) as process:
         process.wait_ready()
         assert ask_all(process) == expected
