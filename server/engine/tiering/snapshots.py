@@ -17,6 +17,7 @@ import queue
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def _move_into_place(written: Path, path: Path) -> None:
         raise OperationRefused(AdminErrorKind.FAILED, "the snapshot could not replace the old one") from error
 
 
-class _Worker:
+class _Worker(ABC):
     """A thread, the queue to or from it, and how it ended."""
 
     def __init__(self) -> None:
@@ -246,8 +247,9 @@ class _Worker:
             log.exception("the thread of a snapshot has failed")
             self._error = SnapshotError("an unexpected fault, see the log")
 
+    @abstractmethod
     def _work(self) -> None:
-        raise NotImplementedError
+        """Do it all, on the thread."""
 
 
 class _Writer(_Worker):
