@@ -15,6 +15,8 @@ __all__ = ["ConfigError", "resolve"]
 
 _OF_OTHERS = frozenset({"KVSERVE_CONFIG", "KVSERVE_TARGET", "KVSERVE_API_KEY"})
 """Variables of that prefix that are not settings: the file's own, and those that the client reads."""
+_MAY_HOLD_SECRETS = frozenset({"redis_url", "otlp_endpoint"})
+"""Settings whose text is not repeated in errors: a password may stand in it."""
 
 
 class ConfigError(Exception):
@@ -52,7 +54,8 @@ def resolve(
         try:
             values[name] = SETTINGS[name].parse(value)
         except ValueError as error:
-            raise ConfigError(f"{source}: {error}, not {_shown(value)}") from error
+            shown = "" if name in _MAY_HOLD_SECRETS else f", not {_shown(value)}"
+            raise ConfigError(f"{source}: {error}{shown}") from error
     values["api_keys"] = _api_keys(values.get("api_keys_file"), inline_keys, config_file)
     config = ServerConfig(**values)
     _check_together(config)

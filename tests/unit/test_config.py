@@ -176,3 +176,11 @@ def test_wrong_command_lines_end_with_2_and_a_message(
 def test_front_end_never_imports_torch() -> None:
     check = "import sys, server.app, server.rpc.front_end; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["redis_url", "otlp_endpoint"])
+def test_an_address_that_may_hold_a_password_is_not_repeated(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve({name: "ftp://user:hunter2@host"}, {})
+    assert "hunter2" not in str(refused.value)
+    assert f"--{name.replace('_', '-')}: must look like" in str(refused.value)
