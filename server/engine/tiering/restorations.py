@@ -14,7 +14,6 @@ import dataclasses
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from kvcore.clock import Clock
 from kvcore.keys import NamespaceKey, PrefixDigest
@@ -26,8 +25,9 @@ from kvcore.tiers.stack import FetchBatch, TierStack
 from kvcore.tiers.worth import Decision
 from server.engine.messages import RestoreReport
 from server.engine.tiering.restoration import Answer, LookupBudget, Restoration, RestorationState
+from server.engine.tiering.restore_counters import RestoreCounters
 
-__all__ = ["RestoreCounters", "Restorations"]
+__all__ = ["Restorations"]
 
 MAX_ACTIVE = 32
 """Sequences that ask or fetch at the same time; others begin when they would be admitted."""
@@ -53,23 +53,6 @@ PATIENCE = 4.0
 BUSY_BYTES_PER_STEP = 16 << 20
 """Loaded in a step that others compute in; at least one block."""
 IDLE_BYTES_PER_STEP = 128 << 20
-
-
-@dataclass(slots=True)
-class RestoreCounters:
-    """What became of blocks that were fetched for waiting sequences. Seconds are sums over sequences."""
-
-    fetched_blocks: int = 0
-    used_blocks: int = 0
-    """There when their sequence was admitted, and before it had to be held for them."""
-    late_blocks: int = 0
-    """Used, but their sequence was held for them."""
-    wasted_blocks: int = 0
-    """Never used: the sequence went away, or they were evicted again before."""
-    restore_s: float = 0.0
-    hidden_s: float = 0.0
-    decided_fetch: int = 0
-    decided_recompute: int = 0
 
 
 class Restorations:
