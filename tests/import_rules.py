@@ -62,6 +62,14 @@ CONTRACTS = (
 )
 """What the engine shows to its neighbours."""
 
+PREDICT_CONTRACTS = (
+    "server.predict.errors",
+    "server.predict.interface",
+    "server.predict.messages",
+    "server.predict.options",
+)
+"""What predict shows to its neighbours."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -114,30 +122,51 @@ RULES = (
     ),
     # Both processes write their logs alike.
     Rule("server.logs", (), standard_library_only=True),
-    Rule("server.engine", ("kvcore", "server.engine", "server.logs"), (*OUTSIDE, *GRPC, *TENSORS)),
+    # How two processes talk, whatever they say.
+    Rule("server.process", ("server.process", "server.logs"), (*OUTSIDE, *GRPC, *TENSORS)),
+    Rule(
+        "server.engine",
+        ("kvcore", "server.engine", "server.logs", "server.process"),
+        (*OUTSIDE, *GRPC, *TENSORS),
+    ),
     Rule("server.worker", ("kvcore", "server.worker", *CONTRACTS), (*OUTSIDE, *GRPC, *TREE, "asyncio")),
     Rule(
+        "server.worker.predict",
+        ("server.worker", "server.predict.model", *PREDICT_CONTRACTS),
+        (*OUTSIDE, *GRPC, "asyncio"),
+    ),
+    Rule(
         "server.rpc",
-        ("kvserve.v1", "server.rpc", *CONTRACTS),
+        ("kvserve.v1", "server.rpc", *CONTRACTS, *PREDICT_CONTRACTS),
         (*OUTSIDE, "torch", "safetensors"),
     ),
-    Rule("server.predict", ("kvcore", "server.predict", *CONTRACTS), (*OUTSIDE, *GRPC, *TREE)),
+    # Batches, models as opaque objects, and reuse; models are computed by the worker.
+    Rule(
+        "server.predict",
+        ("kvcore.clock", "kvcore.risk", "server.logs", "server.predict", "server.process"),
+        (*OUTSIDE, *GRPC, "torch", "transformers", "safetensors"),
+    ),
     # Telemetry observes calls and engines; neither knows of it.
     Rule(
         "server.telemetry",
-        ("kvserve.v1", "server.rpc.call", "server.telemetry", *CONTRACTS),
+        ("kvserve.v1", "server.rpc.call", "server.telemetry", *CONTRACTS, *PREDICT_CONTRACTS),
         (*UNSAFE, *REDIS, *TENSORS),
     ),
     Rule(
         "server.config",
-        ("server.config", "server.engine.options", "server.rpc.auth"),
+        ("server.config", "server.engine.options", "server.predict.options", "server.rpc.auth"),
         (*OUTSIDE, *GRPC, *TENSORS),
     ),
-    # Composition roots: app puts the front end together, engine_main the engine process, cli starts either.
+    # Composition roots: app puts the front end together, the mains the processes behind it.
     Rule("server.app", ("kvcore", "kvserve.v1", "server"), (*OUTSIDE, *TENSORS)),
     Rule(
         "server.engine_main",
         ("kvcore", "server.engine", "server.worker", "server.engine_main"),
+        (*OUTSIDE, *GRPC),
+    ),
+    Rule(
+        "server.predict_main",
+        ("kvcore.clock", "server.predict", "server.predict_main", "server.process", "server.worker.predict"),
         (*OUTSIDE, *GRPC),
     ),
     Rule("server", ("kvcore", "kvserve", "server"), OUTSIDE),

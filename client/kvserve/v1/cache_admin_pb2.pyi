@@ -710,7 +710,7 @@ class SnapshotProgress(_message.Message):
     def __init__(self, done_objects: _Optional[int] = ..., total_objects: _Optional[int] = ..., done_bytes: _Optional[int] = ..., skipped_objects: _Optional[int] = ..., done: _Optional[bool] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("name", "state", "fingerprint", "kind", "num_parameters", "kv_bytes", "load_s", "running_requests", "fault")
+    __slots__ = ("name", "state", "fingerprint", "kind", "num_parameters", "kv_bytes", "load_s", "running_requests", "fault", "version", "task", "num_bytes", "aliases", "traffic_share", "source_kind", "num_requests", "idle_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -720,6 +720,14 @@ class ModelStatus(_message.Message):
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_KIND_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     fingerprint: str
@@ -729,44 +737,278 @@ class ModelStatus(_message.Message):
     load_s: float
     running_requests: int
     fault: str
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., running_requests: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
+    version: str
+    task: str
+    num_bytes: int
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    traffic_share: float
+    source_kind: str
+    num_requests: int
+    idle_s: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., running_requests: _Optional[int] = ..., fault: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[str] = ..., num_bytes: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., traffic_share: _Optional[float] = ..., source_kind: _Optional[str] = ..., num_requests: _Optional[int] = ..., idle_s: _Optional[float] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "predict_bytes", "predict_memory")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    PREDICT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREDICT_MEMORY_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
-    def __init__(self, models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
+    predict_bytes: int
+    predict_memory: int
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., predict_bytes: _Optional[int] = ..., predict_memory: _Optional[int] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "version", "source", "task", "pooling")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    version: str
+    source: str
+    task: str
+    pooling: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., source: _Optional[str] = ..., task: _Optional[str] = ..., pooling: _Optional[str] = ...) -> None: ...
 
 class LoadModelProgress(_message.Message):
-    __slots__ = ("status", "elapsed_s", "done")
+    __slots__ = ("status", "elapsed_s", "done", "phase", "done_bytes", "total_bytes")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     status: ModelStatus
     elapsed_s: float
     done: bool
-    def __init__(self, status: _Optional[_Union[ModelStatus, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., done: _Optional[bool] = ...) -> None: ...
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    def __init__(self, status: _Optional[_Union[ModelStatus, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., done: _Optional[bool] = ..., phase: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class UnloadModelRequest(_message.Message):
-    __slots__ = ("model", "drain")
+    __slots__ = ("model", "drain", "version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     drain: _duration_pb2.Duration
-    def __init__(self, model: _Optional[str] = ..., drain: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    version: str
+    def __init__(self, model: _Optional[str] = ..., drain: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class UnloadModelResponse(_message.Message):
     __slots__ = ("status",)
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: ModelStatus
     def __init__(self, status: _Optional[_Union[ModelStatus, _Mapping]] = ...) -> None: ...
+
+class SetModelAliasRequest(_message.Message):
+    __slots__ = ("model", "alias", "version", "traffic_share")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_SHARE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    alias: str
+    version: str
+    traffic_share: float
+    def __init__(self, model: _Optional[str] = ..., alias: _Optional[str] = ..., version: _Optional[str] = ..., traffic_share: _Optional[float] = ...) -> None: ...
+
+class SetModelAliasResponse(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[ModelStatus]
+    def __init__(self, versions: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
+
+class GetReuseRequest(_message.Message):
+    __slots__ = ("model", "version", "max_keys")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    max_keys: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., max_keys: _Optional[int] = ...) -> None: ...
+
+class RiskInterval(_message.Message):
+    __slots__ = ("lower", "estimate", "upper", "weight")
+    LOWER_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    UPPER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    lower: float
+    estimate: float
+    upper: float
+    weight: float
+    def __init__(self, lower: _Optional[float] = ..., estimate: _Optional[float] = ..., upper: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class ReuseRisk(_message.Message):
+    __slots__ = ("changed", "cosine_distance", "l2", "num_compared", "over_budget", "proven_safe")
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    COSINE_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    L2_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPARED_FIELD_NUMBER: _ClassVar[int]
+    OVER_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    PROVEN_SAFE_FIELD_NUMBER: _ClassVar[int]
+    changed: RiskInterval
+    cosine_distance: RiskInterval
+    l2: RiskInterval
+    num_compared: int
+    over_budget: bool
+    proven_safe: bool
+    def __init__(self, changed: _Optional[_Union[RiskInterval, _Mapping]] = ..., cosine_distance: _Optional[_Union[RiskInterval, _Mapping]] = ..., l2: _Optional[_Union[RiskInterval, _Mapping]] = ..., num_compared: _Optional[int] = ..., over_budget: _Optional[bool] = ..., proven_safe: _Optional[bool] = ...) -> None: ...
+
+class ReuseKey(_message.Message):
+    __slots__ = ("key", "risk", "lifetime_s", "stopped", "num_hits")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    RISK_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_HITS_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    risk: ReuseRisk
+    lifetime_s: float
+    stopped: bool
+    num_hits: int
+    def __init__(self, key: _Optional[str] = ..., risk: _Optional[_Union[ReuseRisk, _Mapping]] = ..., lifetime_s: _Optional[float] = ..., stopped: _Optional[bool] = ..., num_hits: _Optional[int] = ...) -> None: ...
+
+class ReusePolicy(_message.Message):
+    __slots__ = ("name", "traffic_share", "num_key_features", "bin_width", "threshold", "lifetime_s", "min_lifetime_s", "max_lifetime_s", "max_changed", "max_cosine_distance", "max_l2", "max_error", "sample_share", "num_entries", "max_entries", "num_bytes", "num_lookups", "num_hits", "num_absent", "num_expired", "num_stopped", "num_uncertified", "num_evicted", "num_alarms", "num_stopped_keys", "risk", "keys", "hit_s", "miss_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_SHARE_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEY_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    BIN_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    MAX_COSINE_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_L2_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ABSENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    NUM_STOPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNCERTIFIED_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ALARMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STOPPED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    RISK_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    HIT_S_FIELD_NUMBER: _ClassVar[int]
+    MISS_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    traffic_share: float
+    num_key_features: int
+    bin_width: float
+    threshold: float
+    lifetime_s: float
+    min_lifetime_s: float
+    max_lifetime_s: float
+    max_changed: float
+    max_cosine_distance: float
+    max_l2: float
+    max_error: float
+    sample_share: float
+    num_entries: int
+    max_entries: int
+    num_bytes: int
+    num_lookups: int
+    num_hits: int
+    num_absent: int
+    num_expired: int
+    num_stopped: int
+    num_uncertified: int
+    num_evicted: int
+    num_alarms: int
+    num_stopped_keys: int
+    risk: ReuseRisk
+    keys: _containers.RepeatedCompositeFieldContainer[ReuseKey]
+    hit_s: float
+    miss_s: float
+    def __init__(self, name: _Optional[str] = ..., traffic_share: _Optional[float] = ..., num_key_features: _Optional[int] = ..., bin_width: _Optional[float] = ..., threshold: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., min_lifetime_s: _Optional[float] = ..., max_lifetime_s: _Optional[float] = ..., max_changed: _Optional[float] = ..., max_cosine_distance: _Optional[float] = ..., max_l2: _Optional[float] = ..., max_error: _Optional[float] = ..., sample_share: _Optional[float] = ..., num_entries: _Optional[int] = ..., max_entries: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_lookups: _Optional[int] = ..., num_hits: _Optional[int] = ..., num_absent: _Optional[int] = ..., num_expired: _Optional[int] = ..., num_stopped: _Optional[int] = ..., num_uncertified: _Optional[int] = ..., num_evicted: _Optional[int] = ..., num_alarms: _Optional[int] = ..., num_stopped_keys: _Optional[int] = ..., risk: _Optional[_Union[ReuseRisk, _Mapping]] = ..., keys: _Optional[_Iterable[_Union[ReuseKey, _Mapping]]] = ..., hit_s: _Optional[float] = ..., miss_s: _Optional[float] = ...) -> None: ...
+
+class GetReuseResponse(_message.Message):
+    __slots__ = ("model", "version", "kind", "policies")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    POLICIES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    kind: str
+    policies: _containers.RepeatedCompositeFieldContainer[ReusePolicy]
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., kind: _Optional[str] = ..., policies: _Optional[_Iterable[_Union[ReusePolicy, _Mapping]]] = ...) -> None: ...
+
+class WatchReuseRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ReuseEvent(_message.Message):
+    __slots__ = ("kind", "model", "version", "policy", "key", "measure", "interval", "limit", "lifetime_s", "num_lost")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[ReuseEvent.Kind]
+        STARTED: _ClassVar[ReuseEvent.Kind]
+        ALARM: _ClassVar[ReuseEvent.Kind]
+        RECOVERED: _ClassVar[ReuseEvent.Kind]
+        LIFETIME: _ClassVar[ReuseEvent.Kind]
+        STOPPED: _ClassVar[ReuseEvent.Kind]
+        RESUMED: _ClassVar[ReuseEvent.Kind]
+        LOST: _ClassVar[ReuseEvent.Kind]
+    KIND_UNSPECIFIED: ReuseEvent.Kind
+    STARTED: ReuseEvent.Kind
+    ALARM: ReuseEvent.Kind
+    RECOVERED: ReuseEvent.Kind
+    LIFETIME: ReuseEvent.Kind
+    STOPPED: ReuseEvent.Kind
+    RESUMED: ReuseEvent.Kind
+    LOST: ReuseEvent.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOST_FIELD_NUMBER: _ClassVar[int]
+    kind: ReuseEvent.Kind
+    model: str
+    version: str
+    policy: str
+    key: str
+    measure: str
+    interval: RiskInterval
+    limit: float
+    lifetime_s: float
+    num_lost: int
+    def __init__(self, kind: _Optional[_Union[ReuseEvent.Kind, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., policy: _Optional[str] = ..., key: _Optional[str] = ..., measure: _Optional[str] = ..., interval: _Optional[_Union[RiskInterval, _Mapping]] = ..., limit: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., num_lost: _Optional[int] = ...) -> None: ...
+
+class ClearReuseRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class ClearReuseResponse(_message.Message):
+    __slots__ = ("num_entries",)
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    num_entries: int
+    def __init__(self, num_entries: _Optional[int] = ...) -> None: ...

@@ -124,6 +124,26 @@ class CacheAdminServiceStub:
                 request_serializer=kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.SetModelAlias = channel.unary_unary(
+                '/kvserve.v1.CacheAdminService/SetModelAlias',
+                request_serializer=kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasRequest.SerializeToString,
+                response_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasResponse.FromString,
+                _registered_method=True)
+        self.GetReuse = channel.unary_unary(
+                '/kvserve.v1.CacheAdminService/GetReuse',
+                request_serializer=kvserve_dot_v1_dot_cache__admin__pb2.GetReuseRequest.SerializeToString,
+                response_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.GetReuseResponse.FromString,
+                _registered_method=True)
+        self.WatchReuse = channel.unary_stream(
+                '/kvserve.v1.CacheAdminService/WatchReuse',
+                request_serializer=kvserve_dot_v1_dot_cache__admin__pb2.WatchReuseRequest.SerializeToString,
+                response_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.ReuseEvent.FromString,
+                _registered_method=True)
+        self.ClearReuse = channel.unary_unary(
+                '/kvserve.v1.CacheAdminService/ClearReuse',
+                request_serializer=kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseRequest.SerializeToString,
+                response_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseResponse.FromString,
+                _registered_method=True)
 
 
 class CacheAdminServiceServicer:
@@ -246,6 +266,34 @@ class CacheAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetModelAlias(self, request, context):
+        """Let an alias name a version of a predict model, or route a share of the calls that name no version to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetReuse(self, request, context):
+        """What reuse under drift costs and saves: the stateful encoder or the semantic response cache of a predict model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchReuse(self, request, context):
+        """Alarms and changes of lifetimes, as they happen. Those that came too fast are counted, not queued.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearReuse(self, request, context):
+        """Forget what is kept for reuse; what is known of its risk stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CacheAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -338,6 +386,26 @@ def add_CacheAdminServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelRequest.FromString,
                     response_serializer=kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'SetModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetModelAlias,
+                    request_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasRequest.FromString,
+                    response_serializer=kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasResponse.SerializeToString,
+            ),
+            'GetReuse': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReuse,
+                    request_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.GetReuseRequest.FromString,
+                    response_serializer=kvserve_dot_v1_dot_cache__admin__pb2.GetReuseResponse.SerializeToString,
+            ),
+            'WatchReuse': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchReuse,
+                    request_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.WatchReuseRequest.FromString,
+                    response_serializer=kvserve_dot_v1_dot_cache__admin__pb2.ReuseEvent.SerializeToString,
+            ),
+            'ClearReuse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearReuse,
+                    request_deserializer=kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseRequest.FromString,
+                    response_serializer=kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -826,6 +894,114 @@ class CacheAdminService:
             '/kvserve.v1.CacheAdminService/UnloadModel',
             kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelRequest.SerializeToString,
             kvserve_dot_v1_dot_cache__admin__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserve.v1.CacheAdminService/SetModelAlias',
+            kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasRequest.SerializeToString,
+            kvserve_dot_v1_dot_cache__admin__pb2.SetModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReuse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserve.v1.CacheAdminService/GetReuse',
+            kvserve_dot_v1_dot_cache__admin__pb2.GetReuseRequest.SerializeToString,
+            kvserve_dot_v1_dot_cache__admin__pb2.GetReuseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchReuse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvserve.v1.CacheAdminService/WatchReuse',
+            kvserve_dot_v1_dot_cache__admin__pb2.WatchReuseRequest.SerializeToString,
+            kvserve_dot_v1_dot_cache__admin__pb2.ReuseEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearReuse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserve.v1.CacheAdminService/ClearReuse',
+            kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseRequest.SerializeToString,
+            kvserve_dot_v1_dot_cache__admin__pb2.ClearReuseResponse.FromString,
             options,
             channel_credentials,
             insecure,

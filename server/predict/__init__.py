@@ -1,0 +1,1 @@
+"""Predict: many models in bounded memory, batches over all callers, reuse with its risk measured."""

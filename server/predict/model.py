@@ -1,0 +1,95 @@
+"""What a model is inside the predict process, whatever computes it.
+
+::
+
+    ModelLoader.load(spec) --> PredictModel         loader thread
+        .prepare(texts or rows) --> [Prepared]      tokenizer threads; checks what only the model can check
+        .run([Prepared, ...]) --> [Output, ...]     the compute thread, one batch at a time over all models
+        .close()                                    frees its memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server.predict.messages import Inputs, ModelInfo, Output, ReuseEvent, ReuseReport
+from server.predict.options import ModelSpec
+
+__all__ = ["LoadProgress", "ModelLoader", "PredictModel", "Prepared", "ReusingModel"]
+
+LoadProgress = Callable[[str, int, int], None]
+"""Called with a phase ("fetching", "checking", "reading", "building"), bytes done and in all (0: unknown)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One input, ready to be computed."""
+
+    num_tokens: int
+    """What it costs in a batch: tokens, or 1 for a row of features."""
+    payload: Any
+    """The model's own business."""
+    truncated: bool = False
+    reuse: bool = True
+    tenant: str = ""
+
+
+class PredictModel(Protocol):
+    """A loaded model."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def prepare(self, inputs: Inputs, *, truncate: bool, reuse: bool, tenant: str) -> list[Prepared]:
+        """Tokenize and check. Any thread, several at once. Raises ``InputError`` or ``WrongTaskError``."""
+        ...
+
+    def run(self, batch: Sequence[Prepared]) -> list[Output]:
+        """Compute a batch; the outputs do not depend on what else is in it. The compute thread alone.
+
+        Raises ``ComputeError``.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free memory. Nothing is called afterwards."""
+        ...
+
+
+class ReusingModel(PredictModel, Protocol):
+    """A model that reuses what was computed for other inputs, and knows the risk."""
+
+    def reuse_report(self, *, max_keys: int) -> ReuseReport:
+        """Return what reuse does; ``model`` and ``version`` are filled in by the caller. Any thread."""
+        ...
+
+    def clear_reuse(self) -> int:
+        """Forget what is kept; return how many entries. Any thread."""
+        ...
+
+
+class ModelLoader(Protocol):
+    """Makes models. A loader thread; blocks."""
+
+    def size(self, spec: ModelSpec) -> int | None:
+        """Return an upper bound of the bytes that the model will take, without loading it; None: not known.
+
+        May fetch what is needed to know. Raises ``ModelRefusedError``.
+        """
+        ...
+
+    def load(
+        self,
+        spec: ModelSpec,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        """Load. ``embedder``: the model that ``spec.semantic`` names, loaded and kept so by the caller.
+
+        Raises ``ModelRefusedError``; anything else is logged, and refuses the model without details.
+        """
+        ...
