@@ -129,10 +129,14 @@ RULES = (
         ("kvcore", "server.engine", "server.logs", "server.process"),
         (*OUTSIDE, *GRPC, *TENSORS),
     ),
-    Rule("server.worker", ("kvcore", "server.worker", *CONTRACTS), (*OUTSIDE, *GRPC, *TREE, "asyncio")),
+    Rule(
+        "server.worker",
+        ("kvcore", "server.process.memory", "server.worker", *CONTRACTS),
+        (*OUTSIDE, *GRPC, *TREE, "asyncio"),
+    ),
     Rule(
         "server.worker.predict",
-        ("server.worker", "server.predict.model", *PREDICT_CONTRACTS),
+        ("server.process.memory", "server.worker", "server.predict.model", *PREDICT_CONTRACTS),
         (*OUTSIDE, *GRPC, "asyncio"),
     ),
     Rule(

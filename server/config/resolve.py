@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.config.predict import specs_of
 from server.config.resolved import ServerConfig
 from server.config.settings import ENVIRONMENT_PREFIX, SETTINGS
+from server.predict.options import ModelSpec
 from server.rpc.auth import ApiKey, ApiKeyError, parse_api_keys
 
 __all__ = ["ConfigError", "resolve"]
 
 _OF_OTHERS = frozenset({"KVSERVE_CONFIG", "KVSERVE_TARGET", "KVSERVE_API_KEY"})
 """Variables of that prefix that are not settings: the file's own, and those that the client reads."""
-_MAY_HOLD_SECRETS = frozenset({"redis_url", "otlp_endpoint"})
+_MAY_HOLD_SECRETS = frozenset({"redis_url", "otlp_endpoint", "mlflow_uri"})
 """Settings whose text is not repeated in errors: a password may stand in it."""
 
 
@@ -56,6 +58,8 @@ def resolve(
         except ValueError as error:
             shown = "" if name in _MAY_HOLD_SECRETS else f", not {_shown(value)}"
             raise ConfigError(f"{source}: {error}{shown}") from error
+    if isinstance(file := values.get("predict_models"), Path):
+        values["predict_models"] = _catalogue(file)
     values["api_keys"] = _api_keys(values.get("api_keys_file"), inline_keys, config_file)
     config = ServerConfig(**values)
     _check_together(config)
@@ -69,6 +73,13 @@ def _check_together(config: ServerConfig) -> None:
         raise ConfigError("--tls-client-ca needs --tls-certificate and --tls-key")
     if config.kv_memory is not None and config.num_blocks is not None:
         raise ConfigError("--kv-memory and --num-blocks exclude each other")
+
+
+def _catalogue(file: Path) -> tuple[ModelSpec, ...]:
+    try:
+        return specs_of(_read_yaml(file))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def _api_keys(file: Path | None, inline: object, config_file: str | None) -> tuple[ApiKey, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.config.predict import BUILTIN_FEATURES, builtin_spec, located
 from server.engine.options import EngineOptions, TierOptions
+from server.predict.options import ModelSpec, PredictOptions
 from server.rpc.auth import ApiKey
 
 __all__ = ["ServerConfig"]
@@ -55,6 +57,16 @@ class ServerConfig:
     max_waiting: int = 1024
     waiting_bound: float = 30.0
 
+    predict: str = "on"
+    predict_models: tuple[ModelSpec, ...] = ()
+    model_root: Path | None = None
+    model_memory: int | None = None
+    max_models: int | None = None
+    mlflow_uri: str | None = field(default=None, repr=False)
+    predict_threads: int | None = None
+    predict_batch_tokens: int = 8192
+    predict_delay: float = 0.002
+
     host: str = "127.0.0.1"
     port: int = 50051
     max_message_size: int = 4 << 20
@@ -89,6 +101,23 @@ class ServerConfig:
     def is_open_to_others(self) -> bool:
         """Say whether other machines may reach a server that asks for no key."""
         return not self.api_keys and self.host not in {"127.0.0.1", "::1", "localhost"}
+
+    def predict_options(self) -> PredictOptions:
+        """Return what the predict process is started with."""
+        models = located(self.predict_models, self.model_root)
+        if all(spec.name != BUILTIN_FEATURES for spec in models):
+            models = (*models, builtin_spec())
+        return PredictOptions(
+            models=models,
+            model_root=None if self.model_root is None else str(self.model_root.absolute()),
+            memory_bytes=self.model_memory,
+            max_models=self.max_models,
+            mlflow_uri=self.mlflow_uri,
+            device=self.device,
+            num_threads=self.predict_threads,
+            max_batch_tokens=self.predict_batch_tokens,
+            max_delay_s=self.predict_delay,
+        )
 
     def engine_options(self) -> EngineOptions:
         """Return what the engine process is started with."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from server.config.predict import read_predict_models
 from server.config.values import (
     Parse,
     integer_between,
@@ -203,6 +204,58 @@ SETTINGS: Mapping[str, Setting] = {
                 read_positive_seconds,
                 "TIME",
                 "after so long nobody is served before a waiting request (default: 30s)",
+            ),
+        ),
+        *_settings(
+            "predict",
+            (
+                "predict",
+                one_of("on", "off"),
+                "MODE",
+                "serve Predict, in a process of its own (default: on)",
+            ),
+            (
+                "predict_models",
+                read_predict_models,
+                "MODELS",
+                "NAME=SOURCE,... or a catalogue file; sources: FOLDER, hf:owner/name@COMMIT, models:/name/N",
+            ),
+            (
+                "model_root",
+                read_path,
+                "FOLDER",
+                "serve the models in FOLDER/name and FOLDER/name/version, and load from there over RPC",
+            ),
+            (
+                "model_memory",
+                parse_bytes,
+                "SIZE",
+                "memory for predict models, the least recently used leave (default: half of what is free)",
+            ),
+            (
+                "max_models",
+                integer_between(1, 2**16),
+                "N",
+                "most predict models loaded (default: no limit)",
+            ),
+            ("mlflow_uri", read_endpoint, "URL", "tracking server of models:/ sources (default: off)"),
+            (
+                "predict_threads",
+                integer_between(1, 4096),
+                "N",
+                "threads of the predict process (default: one less than the cores)",
+            ),
+            (
+                "predict_batch_tokens",
+                integer_between(16, 2**20),
+                "TOKENS",
+                "tokens, or rows of features, computed together (default: 8192)",
+            ),
+            (
+                "predict_delay",
+                parse_seconds,
+                "TIME",
+                "most that a batch is held back for more to come, where that pays (default: 2ms)",
             ),
         ),
         *_settings(

@@ -9,6 +9,7 @@
     ├── ModelRefusedError     it cannot be loaded: its files, its source, its configuration
     ├── ModelTooLargeError    it exceeds the memory for models, or that is held by models in use
     ├── ModelInUseError       it cannot be unloaded now
+    ├── ModelUnloadedError    an operator unloaded it; LoadModel brings it back
     ├── OverloadedError       too much waits; with a delay to try again
     ├── PredictLostError      the predict process is being (re)started, drained, or was lost
     ├── ExpiredError          the deadline passed
@@ -26,6 +27,7 @@ __all__ = [
     "ModelInUseError",
     "ModelRefusedError",
     "ModelTooLargeError",
+    "ModelUnloadedError",
     "OverloadedError",
     "PredictError",
     "PredictLostError",
@@ -71,6 +73,10 @@ class ModelTooLargeError(PredictError):
 
 class ModelInUseError(PredictError):
     """Requests run on the model."""
+
+
+class ModelUnloadedError(PredictError):
+    """An operator unloaded the model, so that calls do not load it again."""
 
 
 class OverloadedError(PredictError):

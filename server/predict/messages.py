@@ -100,7 +100,7 @@ class Inputs(msgspec.Struct, frozen=True, array_like=True):
         return len(self.texts) or self.num_rows
 
 
-class PredictCall(msgspec.Struct, frozen=True, tag="predict", array_like=True):
+class PredictCall(msgspec.Struct, frozen=True, tag="predict"):
     """Compute something."""
 
     call_id: int
@@ -118,7 +118,7 @@ class PredictCall(msgspec.Struct, frozen=True, tag="predict", array_like=True):
     """Salt that keeps callers apart: what was computed for one is never reused for another."""
 
 
-class CancelCall(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+class CancelCall(msgspec.Struct, frozen=True, tag="cancel"):
     """Nobody waits for it any more. Unknown ids are ignored."""
 
     call_id: int
@@ -152,7 +152,7 @@ class CallStats(msgspec.Struct, frozen=True, array_like=True):
     batch_tokens: int = 0
 
 
-class PredictAnswer(msgspec.Struct, frozen=True, tag="answer", array_like=True):
+class PredictAnswer(msgspec.Struct, frozen=True, tag="answer"):
     """A call's outputs, in the order of its inputs."""
 
     call_id: int
@@ -170,6 +170,7 @@ class FailureKind(enum.Enum):
     MODEL_REFUSED = "model_refused"
     MODEL_TOO_LARGE = "model_too_large"
     MODEL_IN_USE = "model_in_use"
+    MODEL_UNLOADED = "model_unloaded"
     OVERLOADED = "overloaded"
     LOST = "lost"
     EXPIRED = "expired"

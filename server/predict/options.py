@@ -18,16 +18,35 @@ A catalogue file is a YAML mapping with a list ``models``; each entry is a :clas
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 __all__ = [
+    "DTYPES",
+    "EXECUTORS",
+    "POOLINGS",
+    "TASKS",
     "BudgetSpec",
     "CanarySpec",
     "FeatureSpec",
     "ModelSpec",
     "PredictOptions",
     "SemanticSpec",
+    "is_plain_name",
 ]
+
+TASKS = ("classify", "classify_tokens", "regress", "embed")
+POOLINGS = ("mean", "cls", "last")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXECUTORS = ("auto", "native", "transformers")
+PLAIN_NAME_TEXT = "1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Say whether this can be a model's name, a version or an alias: no separator, no way up."""
+    return _PLAIN_NAME.fullmatch(name) is not None and ".." not in name and not name.endswith(".")
 
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +131,28 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     sha256: dict[str, str] | None = None
     """File name to hexadecimal digest: checked at load, files that it does not name are refused."""
     semantic: SemanticSpec | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError``, naming the model and the field."""
+        if not is_plain_name(self.name) or not is_plain_name(self.version):
+            raise ValueError(f"model {self.name[:64]!r}: names and versions are {PLAIN_NAME_TEXT}")
+        where = f"model {self.name!r} version {self.version!r}"
+        if (self.source is None) == (self.features is None):
+            raise ValueError(f"{where}: needs either source or features")
+        if self.features is not None and (self.task or self.pooling or self.semantic):
+            raise ValueError(f"{where}: task, pooling and semantic are not for features")
+        for field, value, known in (
+            ("task", self.task, TASKS),
+            ("pooling", self.pooling, POOLINGS),
+            ("dtype", self.dtype, DTYPES),
+            ("executor", self.executor, EXECUTORS),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{where}: {field} must be {', '.join(known[:-1])} or {known[-1]}")
+        if self.canary is not None and not 0 <= self.canary <= 1:
+            raise ValueError(f"{where}: canary must be between 0 and 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"{where}: max_length must be at least 1")
 
 
 class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.options import EngineOptions
+from server.process.memory import available_host_bytes
 from server.worker.attention.grouped import GroupedAttention
 from server.worker.batch import AttentionBackend, Executor
 from server.worker.equivalence import EquivalenceProbe
@@ -27,7 +28,6 @@ from server.worker.gate import AttentionShape
 from server.worker.hf_executor import HfExecutor
 from server.worker.kv_memory import KvMemory
 from server.worker.loading import LoadedModel
-from server.worker.memory_size import available_host_bytes
 
 __all__ = ["ChosenExecutor", "choose_executor"]
 

@@ -18,15 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as hf_logging
 
 from server.engine.options import EngineOptions
+from server.process.memory import available_host_bytes
 from server.worker.checkpoint import WeightFile, check_config_files, hash_weights, read_weight_files
 from server.worker.errors import ModelLoadError
-from server.worker.memory_size import available_host_bytes
 
 __all__ = ["BUILTIN_FOLDER", "LoadedModel", "load_model", "resolve_folder"]
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 _FALLBACK_MAX_LENGTH = 2048
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
     )
     check_config_files(folder)
     config = _read_config(folder)
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
     files = [] if options.random_weights else read_weight_files(folder, root=root)
     dtype = _choose_dtype(options.dtype, config, files, device, notes)
     if options.random_weights:
@@ -163,34 +162,17 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _choose_device(wanted: str) -> torch.device:
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ModelLoadError(f"{wanted!r} is not a device") from None
-    if not {"cpu": True, "cuda": has_cuda, "mps": has_mps}.get(device.type, False):
-        raise ModelLoadError(f"device {wanted!r} is not available here")
-    return device
-
-
 def _choose_dtype(
     wanted: str, config: PreTrainedConfig, files: list[WeightFile], device: torch.device, notes: list[str]
 ) -> torch.dtype:
     if wanted != "auto":
-        if wanted not in _DTYPES:
-            raise ModelLoadError(f"{wanted!r} is not one of {', '.join(_DTYPES)}")
-        dtype = _DTYPES[wanted]
+        if wanted not in DTYPES:
+            raise ModelLoadError(f"{wanted!r} is not one of {', '.join(DTYPES)}")
+        dtype = DTYPES[wanted]
     else:
         stated = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        stored = {t.dtype for f in files for t in f.tensors}
-        found = torch.float32
-        if stated is None and "F32" not in stored:
-            found = torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else found
-        dtype = stated or found
-        if dtype not in _DTYPES.values():
+        dtype = stated or stored_dtype(files)
+        if dtype not in DTYPES.values():
             dtype = torch.float32
     if dtype == torch.float16 and device.type == "cpu":
         notes.append("float16 is computed as float32 on CPU")
@@ -223,8 +205,7 @@ def _load_weights(
     device: torch.device,
     notes: list[str],
 ) -> PreTrainedModel:
-    num_elements = sum(_num_elements(t.shape) for f in files for t in f.tensors)
-    needed = num_elements * torch.empty(0, dtype=dtype).element_size()
+    needed = num_elements(files) * torch.empty(0, dtype=dtype).element_size()
     free = available_host_bytes()
     if device.type == "cpu" and needed > free:
         raise ModelLoadError(f"the weights take {needed >> 20} MiB; {free >> 20} MiB are free")
@@ -251,13 +232,6 @@ def _load_weights(
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint are not used")
     result: PreTrainedModel = model
     return result
-
-
-def _num_elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _fingerprint(folder: Path, dtype: torch.dtype, contents: str) -> str:

@@ -1,0 +1,123 @@
+"""What is known of each version of a model, and which to unload to make room for another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from server.predict.catalogue import CatalogueEntry
+from server.predict.errors import PredictError
+from server.predict.messages import ModelInfo, ModelPhase, ModelStatus
+from server.predict.model import PredictModel
+
+__all__ = ["CacheCounters", "Lease", "MemoryLimits", "Progress", "Slot", "again"]
+
+
+Progress = Callable[[ModelStatus, str, int, int], None]
+"""Called with the status, the phase of the load, bytes done and in all."""
+
+
+class Lease(Protocol):
+    """A hold on another model."""
+
+    @property
+    def model(self) -> PredictModel: ...
+
+    def release(self) -> None:
+        """Let go."""
+        ...
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Since the start."""
+
+    num_loads: int = 0
+    num_failed_loads: int = 0
+    num_evictions: int = 0
+    load_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Slot:
+    """What is known of one version."""
+
+    entry: CatalogueEntry
+    phase: ModelPhase = ModelPhase.UNLOADED
+    model: PredictModel | None = None
+    info: ModelInfo | None = None
+    num_bytes: int = 0
+    """Reserved or taken."""
+    num_leases: int = 0
+    num_requests: int = 0
+    used_s: float | None = None
+    load_s: float = 0.0
+    is_held: bool = False
+    """Unloaded by an operator."""
+    fault: str = ""
+    error: PredictError | None = None
+    retry_at: float = 0.0
+    num_failures: int = 0
+    waiting: list[tuple[Callable[[Any], None], float]] = field(default_factory=list)
+    """Leases asked for while it loads, and since when."""
+    listeners: list[tuple[Callable[[ModelStatus, str, int, int], None] | None, Callable[[Any], None]]] = (
+        field(default_factory=list)
+    )
+    drained: list[Callable[[Any], None]] = field(default_factory=list)
+    drain_timer: threading.Timer | None = None
+    embedder: Lease | None = None
+
+    has_reserved: bool = False
+    """It is being loaded and counts as a model already."""
+
+    @property
+    def takes_room(self) -> bool:
+        return self.has_reserved or self.phase in (ModelPhase.READY, ModelPhase.DRAINING)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Return name and version, for the log."""
+        return self.entry.spec.name, self.entry.spec.version
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimits:
+    """How much may be loaded; None: no limit."""
+
+    num_bytes: int | None
+    num_models: int | None
+
+    def can_ever_hold(self, needed: int) -> bool:
+        """Say whether a model of ``needed`` bytes fits into the memory when it has it for itself."""
+        return self.num_bytes is None or needed <= self.num_bytes
+
+    def choose_victims(self, slots: Iterable[Slot], loading: Slot, needed: int) -> list[Slot] | None:
+        """Return what to unload so that ``loading`` has room, the least recently used first.
+
+        None: unloading everything idle would not be enough.
+        """
+        others = [slot for slot in slots if slot is not loading]
+        num_bytes = needed + sum(slot.num_bytes for slot in others)
+        num_models = 1 + sum(slot.takes_room for slot in others)
+        idle = [slot for slot in others if slot.phase is ModelPhase.READY and not slot.num_leases]
+        idle.sort(key=lambda slot: -1.0 if slot.used_s is None else slot.used_s)
+        victims: list[Slot] = []
+        while self._are_exceeded(num_bytes, num_models):
+            if len(victims) == len(idle):
+                return None
+            victim = idle[len(victims)]
+            victims.append(victim)
+            num_bytes -= victim.num_bytes
+            num_models -= 1
+        return victims
+
+    def _are_exceeded(self, num_bytes: int, num_models: int) -> bool:
+        too_many = self.num_models is not None and num_models > self.num_models
+        return too_many or (self.num_bytes is not None and num_bytes > self.num_bytes)
+
+
+def again(error: PredictError, *, retry_after_s: float | None = None) -> PredictError:
+    """Return the error anew: one exception must not be raised in several places at once."""
+    return type(error)(error.reason, retry_after_s=error.retry_after_s or retry_after_s)

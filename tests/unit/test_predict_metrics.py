@@ -1,0 +1,118 @@
+"""What Predict counts, as Prometheus gets it."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from server.predict.interface import PredictState
+from server.predict.messages import (
+    CallStats,
+    IntervalReport,
+    ModelStats,
+    PolicyReport,
+    PredictStats,
+    RiskReport,
+    Task,
+)
+from server.telemetry.predict_metrics import PredictCollector, PredictMetrics
+
+INTERVAL = IntervalReport(0.01, 0.02, 0.04, 100.0)
+RISK = RiskReport(INTERVAL, INTERVAL, INTERVAL, num_compared=100, over_budget=True, proven_safe=False)
+
+
+class Backend:
+    """A backend of which only the snapshot is looked at."""
+
+    def __init__(self, stats: PredictStats | None, state: PredictState = PredictState.READY) -> None:
+        self.stats = stats
+        self.state = state
+        self.num_restarts = 2
+
+
+def registry_of(backend: Backend) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(PredictCollector(backend))  # type: ignore[arg-type]
+    return registry
+
+
+def test_process_that_has_said_nothing_is_down_and_nothing_else() -> None:
+    registry = registry_of(Backend(None, PredictState.LOADING))
+    assert registry.get_sample_value("kvserve_predict_up") == 0
+    assert registry.get_sample_value("kvserve_predict_restarts_total") == 2
+    assert registry.get_sample_value("kvserve_predict_model_bytes") is None
+
+
+def test_models_are_told_apart_by_version() -> None:
+    stats = PredictStats(
+        models=(
+            ModelStats(name="a", version="1", num_calls=5, num_failed=1, is_loaded=True, num_bytes=7),
+            ModelStats(name="a", version="2", num_calls=3),
+        ),
+        num_bytes=7,
+        memory_bytes=10,
+        num_evictions=4,
+    )
+    registry = registry_of(Backend(stats))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"kvserve_predict_{name}", labels)
+
+    assert value("up") == 1
+    assert (value("model_bytes"), value("model_memory_bytes")) == (7, 10)
+    assert value("model_evictions_total") == 4
+    assert value("calls_total", model="a", version="1") == 5
+    assert value("failed_calls_total", model="a", version="1") == 1
+    assert value("calls_total", model="a", version="2") == 3
+    assert value("model_loaded", model="a", version="2") == 0
+
+
+def test_policies_show_outcomes_risk_and_alarms() -> None:
+    policy = PolicyReport(
+        name="canary", traffic_share=0.1, num_hits=90, num_absent=9, num_expired=1, num_alarms=3, risk=RISK
+    )
+    stats = PredictStats(models=(ModelStats(name="r", version="1", policies=(policy,)),))
+    registry = registry_of(Backend(stats))
+    labels = {"model": "r", "version": "1", "policy": "canary"}
+
+    def value(name: str, **more: str) -> float | None:
+        return registry.get_sample_value(f"kvserve_predict_reuse_{name}", {**labels, **more})
+
+    assert [value("lookups_total", outcome=o) for o in ("hits", "absent", "expired", "stopped")] == [
+        90,
+        9,
+        1,
+        0,
+    ]
+    assert value("alarms_total") == 3
+    assert value("over_budget") == 1
+    assert value("compared_total") == 100
+    assert [value("risk", measure="changed", bound=b) for b in ("lower", "estimate", "upper")] == [
+        0.01,
+        0.02,
+        0.04,
+    ]
+
+
+def test_answers_are_counted_by_model_version_and_task() -> None:
+    registry = CollectorRegistry()
+    metrics = PredictMetrics(registry)
+    for _ in range(2):
+        metrics.answered(
+            Task.CLASSIFY,
+            "a",
+            "1",
+            num_inputs=3,
+            num_tokens=12,
+            num_hits=1,
+            stats=CallStats(queue_s=0.004, batch_size=8),
+            total_s=0.02,
+        )
+    labels = {"model": "a", "version": "1", "task": "classify"}
+
+    def value(name: str, **more: str) -> float | None:
+        return registry.get_sample_value(f"kvserve_predict_{name}", {**labels, **more})
+
+    assert (value("inputs_total"), value("tokens_total"), value("cache_hits_total")) == (6, 24, 2)
+    assert value("latency_seconds_count") == 2
+    assert value("latency_seconds_bucket", le="0.01") == 0
+    assert value("batch_size_bucket", le="8.0") == 2
