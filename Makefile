@@ -16,6 +16,8 @@ ARGS ?=
 BENCH ?= quick
 CODE := kvcore server loadgen client/kvserve tests scripts
 PROTOS := $(wildcard protos/kvserve/v1/*.proto)
+# Stubs that no client gets: a second copy of the protocol could not be loaded beside a client's own.
+SERVER_PROTOS := $(wildcard protos/server/rpc/oip/*.proto)
 
 .PHONY: help
 help:  ## list the verbs
@@ -57,6 +59,7 @@ format: install  ## rewrite the code in the house style
 .PHONY: protos
 protos: install  ## make the generated stubs anew
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. $(SERVER_PROTOS)
 
 .PHONY: bench
 bench: install  ## measure against peers and limits, into reports/ (BENCH=full: everything; ARGS="--only ...": a part)

@@ -23,6 +23,11 @@ def fresh_stubs(tmp_path_factory):
     return folder
 
 
+def committed(name):
+    """Return where a stub belongs: the protocols of others are the server's alone."""
+    return ROOT / ("." if name.startswith("server/") else "client") / name
+
+
 def test_there_are_protos():
     assert PROTOS
 
@@ -31,11 +36,9 @@ def test_there_are_protos():
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_stub_is_what_protoc_makes(fresh_stubs, proto, kind):
     name = proto.relative_to(ROOT / "protos").with_suffix("").as_posix() + kind
-    committed = ROOT / "client" / name
-    assert committed.is_file(), f"{name} is missing: run `make protos`"
-    assert committed.read_text() == (fresh_stubs / name).read_text(), (
-        f"{name} is out of date: run `make protos`"
-    )
+    stub = committed(name)
+    assert stub.is_file(), f"{name} is missing: run `make protos`"
+    assert stub.read_text() == (fresh_stubs / name).read_text(), f"{name} is out of date: run `make protos`"
 
 
 def test_no_stub_is_left_without_its_proto():
@@ -45,4 +48,5 @@ def test_no_stub_is_left_without_its_proto():
         for kind in KINDS
     }
     found = {path.relative_to(ROOT / "client").as_posix() for path in (ROOT / "client").rglob("*_pb2*.py*")}
+    found |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "server").rglob("*_pb2*.py*")}
     assert {name for name in found if "__pycache__" not in name} == expected

@@ -1,0 +1,333 @@
+"""``inference.GRPCInferenceService``: the same models for clients of the Open Inference Protocol (Triton's).
+
+A model that was not used yet is ready: it is loaded by the first call that needs it, which may be a question
+for its metadata. One that an operator unloaded is not, until it is loaded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from importlib.metadata import version as version_of
+from typing import Any, cast
+
+from grpc import aio
+
+from server.predict.errors import PredictError
+from server.predict.interface import PredictBackend, PredictState
+from server.predict.messages import LoadModel, ModelPhase, ModelStats, ModelStatus, UnloadModel
+from server.rpc.call import Call, current_call
+from server.rpc.errors import CallError, InvalidArgument, ModelNotLoaded
+from server.rpc.oip import open_inference_pb2 as pb
+from server.rpc.oip import open_inference_pb2_grpc as services
+from server.rpc.oip.parameters import InferOptions, wanted_tensor
+from server.rpc.oip.signature import classification_of, inputs_of, outputs_of, tensors_of
+from server.rpc.oip.tensors import OutputTensor, read_inputs
+from server.rpc.predict_errors import error_from_predict
+from server.rpc.stream_writer import StreamWriter
+
+__all__ = ["InferenceService"]
+
+MAX_IN_FLIGHT = 64
+"""Requests of one stream that are worked on at once; then no more are read."""
+DRAIN_S = 30.0
+_EXTENSIONS = ("classification", "model_repository", "model_repository(unload_dependents)", "statistics")
+_STATES = {ModelPhase.READY: "READY", ModelPhase.LOADING: "LOADING", ModelPhase.DRAINING: "UNLOADING"}
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class InferenceService(services.GRPCInferenceServiceServicer):
+    """All methods run on the event loop."""
+
+    def __init__(self, backend: PredictBackend, *, max_inputs: int, write_timeout_s: float) -> None:
+        self._backend = backend
+        self._max_inputs = max_inputs
+        self._write_timeout_s = write_timeout_s
+
+    # -- server and models --------------------------------------------------------------------------
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
+        """Say that the server answers."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:  # noqa: N802
+        """Say whether it takes calls."""
+        return pb.ServerReadyResponse(ready=self._backend.state is PredictState.READY)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
+        """Say whether a call for the model would be computed."""
+        status = await self._describe(request.name, request.version)
+        return pb.ModelReadyResponse(ready=_is_ready(status))
+
+    async def ServerMetadata(  # noqa: N802
+        self, request: pb.ServerMetadataRequest, context: Context
+    ) -> pb.ServerMetadataResponse:
+        """Say what the server is."""
+        return pb.ServerMetadataResponse(
+            name="kvserve", version=version_of("kvserve-server"), extensions=_EXTENSIONS
+        )
+
+    async def ModelMetadata(  # noqa: N802
+        self, request: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        """Describe a model's tensors; loads it if nobody has yet."""
+        status = await self._loaded(request.name, request.version)
+        info = status.info
+        assert info is not None
+        models = await self._backend.models()
+        metadata = pb.ModelMetadataResponse.TensorMetadata
+        return pb.ModelMetadataResponse(
+            name=status.name,
+            versions=[model.version for model in models.models if model.name == status.name],
+            platform=f"kvserve_{info.executor}",
+            inputs=[
+                metadata(name=spec.name, datatype=spec.datatype, shape=[-1, *spec.dims])
+                for spec in inputs_of(info)
+            ],
+            outputs=[
+                metadata(name=spec.name, datatype=spec.datatype, shape=[-1, *spec.dims])
+                for spec in outputs_of(info)
+            ],
+        )
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:  # noqa: N802
+        """Describe a model as Triton's configurations do; loads it if nobody has yet."""
+        status = await self._loaded(request.name, request.version)
+        info = status.info
+        assert info is not None
+        config = pb.ModelConfig(
+            name=status.name,
+            platform=f"kvserve_{info.executor}",
+            backend="kvserve",
+            max_batch_size=self._max_inputs,
+            input=[
+                pb.ModelInput(
+                    name=spec.name,
+                    data_type=_data_type(spec.datatype),
+                    dims=spec.dims or (1,),
+                    optional=spec.is_optional,
+                )
+                for spec in inputs_of(info)
+            ],
+            output=[
+                pb.ModelOutput(name=spec.name, data_type=_data_type(spec.datatype), dims=spec.dims or (1,))
+                for spec in outputs_of(info)
+            ],
+        )
+        return pb.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(  # noqa: N802
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Count what models did, as of about a second ago."""
+        if request.name:
+            await self._describe(request.name, request.version)
+        models = await self._backend.models()
+        stats = self._backend.stats
+        counted = {} if stats is None else {(model.name, model.version): model for model in stats.models}
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                _statistics(model, counted.get((model.name, model.version)))
+                for model in models.models
+                if request.name in ("", model.name) and request.version in ("", model.version)
+            ]
+        )
+
+    # -- repository ---------------------------------------------------------------------------------
+
+    async def RepositoryIndex(  # noqa: N802
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        """List the catalogue."""
+        models = await self._backend.models()
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=model.name,
+                    version=model.version,
+                    state=_STATES.get(model.phase, "UNAVAILABLE"),
+                    reason=model.fault or ("unloaded" if model.phase is ModelPhase.UNLOADED else ""),
+                )
+                for model in models.models
+                if not request.ready or model.phase is ModelPhase.READY
+            ]
+        )
+
+    async def RepositoryModelLoad(  # noqa: N802
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model's latest version; return when it is ready."""
+        if request.parameters:
+            raise InvalidArgument.of("parameters", "a model's configuration and files cannot be sent")
+        await self._load(request.model_name, "")
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(  # noqa: N802
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Unload all versions of a model, once the calls that run have ended."""
+        remaining_s = current_call.get().remaining_s()
+        try:
+            drain_s = min(remaining_s or DRAIN_S, DRAIN_S)
+            await self._backend.unload(UnloadModel(request.model_name, drain_s=drain_s))
+        except PredictError as error:
+            raise error_from_predict(error, inputs="model_name") from error
+        return pb.RepositoryModelUnloadResponse()
+
+    # -- inference ----------------------------------------------------------------------------------
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
+        """Compute."""
+        return await self._infer(request, current_call.get())
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:  # noqa: N802
+        """Compute what comes, answering in the order of the requests; a failure is an answer as well."""
+        call = current_call.get()
+        writer = StreamWriter(context, timeout_s=self._write_timeout_s)
+        order: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(MAX_IN_FLIGHT)
+        tasks: set[asyncio.Task[Any]] = set()
+
+        def begin(work: Any) -> asyncio.Task[Any]:
+            task = asyncio.create_task(work)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+
+        async def read() -> None:
+            async for request in requests:
+                await order.put(begin(self._infer_or_say(request, call)))
+            await order.put(None)
+
+        reading = begin(read())
+        try:
+            while (task := await _next(order, reading)) is not None:
+                await writer.write(await task)
+        finally:
+            writer.close()
+            for task in list(tasks):
+                task.cancel()
+
+    async def _infer_or_say(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelStreamInferResponse:
+        try:
+            return pb.ModelStreamInferResponse(infer_response=await self._infer(request, call))
+        except CallError as error:
+            response = pb.ModelInferResponse(
+                model_name=request.model_name, model_version=request.model_version, id=request.id
+            )
+            return pb.ModelStreamInferResponse(error_message=error.message, infer_response=response)
+
+    async def _infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+        options = InferOptions(request)
+        inputs = read_inputs(request, max_inputs=self._max_inputs)
+        deadline_s = call.remaining_s()
+        if options.timeout_s is not None:
+            deadline_s = options.timeout_s if deadline_s is None else min(deadline_s, options.timeout_s)
+        try:
+            answer = await self._backend.predict(
+                request.model_name,
+                inputs,
+                version=request.model_version,
+                truncate=options.truncate,
+                reuse=options.reuse,
+                deadline_s=deadline_s,
+                tenant=call.caller.salt,
+            )
+            status = await self._backend.describe(request.model_name, answer.version)
+        except PredictError as error:
+            raise error_from_predict(error, inputs="inputs", item="inputs[0].contents") from error
+        info = status.info
+        if info is None:
+            raise ModelNotLoaded("the model was unloaded meanwhile")
+        tensors = tensors_of(info, answer.outputs)
+        wanted = [wanted_tensor(output, tensors) for output in request.outputs] or [
+            (tensor, 0) for tensor in tensors.values()
+        ]
+        response = pb.ModelInferResponse(model_name=status.name, model_version=answer.version, id=request.id)
+        for tensor, num_classes in wanted:
+            _append(response, classification_of(info, answer.outputs, num_classes) if num_classes else tensor)
+        return response
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    async def _describe(self, name: str, version: str) -> ModelStatus:
+        try:
+            return await self._backend.describe(name, version)
+        except PredictError as error:
+            raise error_from_predict(error) from error
+
+    async def _loaded(self, name: str, version: str) -> ModelStatus:
+        status = await self._describe(name, version)
+        if status.info is None or status.phase is not ModelPhase.READY:
+            if not _is_ready(status):
+                raise ModelNotLoaded(status.fault or "the model is not loaded")
+            status = await self._load(name, version)
+        return status
+
+    async def _load(self, name: str, version: str) -> ModelStatus:
+        status: ModelStatus | None = None
+        try:
+            async for news in self._backend.load(LoadModel(name, version)):
+                if isinstance(news, ModelStatus):
+                    status = news
+        except PredictError as error:
+            raise error_from_predict(error, inputs="model_name") from error
+        if status is None or status.info is None:
+            raise ModelNotLoaded("the model is not loaded")
+        return status
+
+
+async def _next(
+    order: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None], reading: asyncio.Task[None]
+) -> asyncio.Task[pb.ModelStreamInferResponse] | None:
+    """Return the next answer's task; raise what ended the reading before it."""
+    taking = asyncio.ensure_future(order.get())
+    try:
+        await asyncio.wait({taking, reading}, return_when=asyncio.FIRST_COMPLETED)
+        if not taking.done():
+            reading.result()  # raises, or has put its None
+        return await taking
+    finally:
+        taking.cancel()
+
+
+def _append(response: pb.ModelInferResponse, tensor: OutputTensor) -> None:
+    response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    response.raw_output_contents.append(tensor.data)
+
+
+def _is_ready(status: ModelStatus) -> bool:
+    return status.phase is ModelPhase.READY or (
+        status.phase in (ModelPhase.UNLOADED, ModelPhase.LOADING) and not status.held
+    )
+
+
+def _statistics(model: ModelStatus, stats: ModelStats | None) -> pb.ModelStatistics:
+    found = pb.ModelStatistics(name=model.name, version=model.version)
+    if model.idle_s is not None:
+        found.last_inference = int((time.time() - model.idle_s) * 1000)
+    if stats is None:
+        return found
+    found.inference_count = stats.num_inputs
+    found.execution_count = stats.num_batches
+    num_good = stats.num_calls - stats.num_failed
+    for name, count, seconds in (
+        ("success", num_good, stats.queue_s + stats.compute_s),
+        ("fail", stats.num_failed, 0.0),
+        ("queue", num_good, stats.queue_s),
+        ("compute_infer", num_good, stats.compute_s),
+        ("cache_hit", sum(policy.num_hits for policy in stats.policies), 0.0),
+        ("cache_miss", sum(policy.num_lookups - policy.num_hits for policy in stats.policies), 0.0),
+    ):
+        duration = getattr(found.inference_stats, name)
+        duration.count, duration.ns = count, int(seconds * 1e9)
+    if model.phase is ModelPhase.READY:
+        found.memory_usage.add(type="CPU", byte_size=stats.num_bytes)
+    return found
+
+
+def _data_type(datatype: str) -> pb.DataType:
+    name = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+    return cast("pb.DataType", pb.DataType.Value(name))
