@@ -14,7 +14,9 @@ Between the two nothing is proved yet: ``is_over_budget`` is False and ``is_prov
 Observations are forgotten exponentially, so drift shows within a few half-lives, and the number of those that
 still count (``weight``) is what the intervals are made of. Intervals: Wilson's for the share of changes;
 empirical Bernstein (Maurer and Pontil 2009) for the mean divergence, clipped to a bound, which needs no
-assumption about its distribution.
+assumption about its distribution. Wilson's promises too much of a handful of observations of something rare
+(one change in one comparison "proves" a share above 1%); where decisions hang on few, ask for Chernoff's
+(the ends are where ``n * KL(estimate || end) = log(1 / (1 - confidence))``), which holds for every number.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Literal
 
 __all__ = ["Interval", "RiskAlarm", "RiskBudget", "RiskEstimate", "RiskMeter"]
 
@@ -151,11 +154,14 @@ class RiskMeter:
         half_life: float = 500.0,
         max_keys: int = 1_000,
         on_alarm: Callable[[RiskAlarm], None] | None = None,
+        on_recovery: Callable[[RiskAlarm], None] | None = None,
+        share_interval: Literal["wilson", "chernoff"] = "wilson",
     ) -> None:
         """Know nothing yet.
 
         ``half_life``: after so many observations of a key one of its observations counts half. ``on_alarm``
-        is called from ``observe``, once for each crossing of each measure of each key, and of the sum.
+        is called from ``observe``, once for each crossing of each measure of each key, and of the sum;
+        ``on_recovery`` when the estimate is back within the limit.
 
         Raises ``ValueError`` for a limit that could not be proved exceeded even if every comparison were the
         worst there is, because too few are remembered.
@@ -166,9 +172,12 @@ class RiskMeter:
         self._fade = 0.5 ** (1 / half_life)
         self._z = NormalDist().inv_cdf(confidence)  # one-sided: each end is asked about by itself
         self._log_term = math.log(2 / (1 - confidence))
+        self._log_odds = -math.log(1 - confidence)
+        self._is_chernoff = share_interval == "chernoff"
         self._check_that_alarms_can_fire()
         self._max_keys = max_keys
         self._on_alarm = on_alarm
+        self._on_recovery = on_recovery
         self._all = _Account()
         self._accounts: OrderedDict[RiskKey, _Account] = OrderedDict()
         self.num_alarms = 0
@@ -218,7 +227,7 @@ class RiskMeter:
         account = self._all if key is None else self._accounts.get(key, _Account())
         for measure in account.measures:
             limit = self.budget.limit(measure)
-            if limit is not None and self._interval(account, measure).upper > limit:
+            if limit is not None and not self._proves(account, measure, limit, above=False):
                 return False
         return True
 
@@ -238,7 +247,8 @@ class RiskMeter:
             worst.weight, worst.weight_squares = most, most  # so that ``effective`` is what it tends to
             worst.total = most * _bound(measure)
             worst.square_sum = most * _bound(measure) ** 2
-            interval = self._wilson(worst) if measure == CHANGED else self._bernstein(worst, _bound(measure))
+            share = measure == CHANGED
+            interval = self._of_share(worst) if share else self._bernstein(worst, _bound(measure))
             if limit is not None and interval.lower <= limit:
                 raise ValueError(f"the limit of {measure} could never be proved exceeded with this half-life")
 
@@ -256,20 +266,31 @@ class RiskMeter:
             limit = self.budget.limit(measure)
             if limit is None:
                 continue
-            interval = self._interval(account, measure)
             if measure in account.over:
                 # The estimate, not the lower end: one lucky comparison must not re-arm the alarm.
-                if interval.estimate <= limit:
+                if account.measures[measure].mean <= limit:
                     account.over.discard(measure)
-            elif interval.lower > limit:
+                    if self._on_recovery is not None:
+                        self._on_recovery(RiskAlarm(key, measure, self._interval(account, measure), limit))
+            elif self._proves(account, measure, limit, above=True):
                 account.over.add(measure)
                 self.num_alarms += 1
                 if self._on_alarm is not None:
-                    self._on_alarm(RiskAlarm(key, measure, interval, limit))
+                    self._on_alarm(RiskAlarm(key, measure, self._interval(account, measure), limit))
 
     def _is_over(self, account: _Account, measure: str) -> bool:
         limit = self.budget.limit(measure)
-        return limit is not None and self._interval(account, measure).lower > limit
+        return limit is not None and self._proves(account, measure, limit, above=True)
+
+    def _proves(self, account: _Account, measure: str, limit: float, *, above: bool) -> bool:
+        """Say whether the interval lies above the limit (below: not above it), without finding its ends."""
+        mean = account.measures[measure]
+        if mean.weight == 0 or (mean.mean > limit) != above:
+            return False
+        if measure == CHANGED and self._is_chernoff:
+            return _divergence(mean.mean, limit) * mean.effective > self._log_odds
+        interval = self._interval(account, measure)
+        return interval.lower > limit if above else interval.upper <= limit
 
     def _interval(self, account: _Account, measure: str) -> Interval:
         mean = account.measures[measure]
@@ -277,8 +298,11 @@ class RiskMeter:
         if mean.weight == 0:
             return Interval(0.0, 0.0, bound, 0.0)
         if measure == CHANGED:
-            return self._wilson(mean)
+            return self._of_share(mean)
         return self._bernstein(mean, bound)
+
+    def _of_share(self, mean: _Mean) -> Interval:
+        return self._chernoff(mean) if self._is_chernoff else self._wilson(mean)
 
     def _wilson(self, mean: _Mean) -> Interval:
         n, share, z2 = mean.effective, mean.mean, self._z * self._z
@@ -286,6 +310,13 @@ class RiskMeter:
         half = self._z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
         # Rounding leaves the ends just beyond an estimate of 0 or 1.
         return Interval(min(max(0.0, center - half), share), share, max(min(1.0, center + half), share), n)
+
+    def _chernoff(self, mean: _Mean) -> Interval:
+        n, share = mean.effective, mean.mean
+        reach = self._log_odds / n
+        lower = _end(share, 0.0, lambda end: _divergence(share, end) <= reach) if share > 0 else 0.0
+        upper = _end(share, 1.0, lambda end: _divergence(share, end) <= reach) if share < 1 else 1.0
+        return Interval(lower, share, upper, n)
 
     def _bernstein(self, mean: _Mean, bound: float) -> Interval:
         n = mean.effective
@@ -298,6 +329,25 @@ class RiskMeter:
 def _bound(measure: str) -> float:
     """Return the worst value that a measure can have."""
     return 1.0 if measure == CHANGED else DIVERGENCE_BOUND
+
+
+def _divergence(share: float, other: float) -> float:
+    """Return the Kullback-Leibler divergence of two coins."""
+    if not 0 < other < 1:
+        return 0.0 if share == other else math.inf
+    first = share * math.log(share / other) if share > 0 else 0.0
+    return first + ((1 - share) * math.log((1 - share) / (1 - other)) if share < 1 else 0.0)
+
+
+def _end(inside: float, outside: float, is_inside: Callable[[float], bool]) -> float:
+    """Return where an interval ends, rounded outwards by less than a millionth."""
+    for _ in range(20):
+        middle = (inside + outside) / 2
+        if is_inside(middle):
+            inside = middle
+        else:
+            outside = middle
+    return outside
 
 
 def _clip(divergence: float) -> float:

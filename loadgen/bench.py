@@ -12,6 +12,7 @@
         restore against recompute, each tier and codec
         restart, prefetch, trial of policies
     recorded traces (--trace, --sessions)   no server
+    predict: encoder against its matrix products, then over gRPC
 
 Writes ``bench.json`` and ``bench.md``. An experiment that cannot be run is named in the report and the others
 go on; the exit status says how many could not.
@@ -46,6 +47,12 @@ from loadgen.experiments.plan import (
     generate_candidates,
 )
 from loadgen.experiments.policies import measure_policies
+from loadgen.experiments.predict import (
+    measure_encoder,
+    measure_features,
+    measure_first_answer,
+    measure_texts,
+)
 from loadgen.experiments.prefetch import measure_prefetch, replay_sessions
 from loadgen.experiments.processes import ProcessFailed, Server, run_json, serve
 from loadgen.experiments.repeats import measure_cold_prompts, measure_repeats
@@ -319,6 +326,40 @@ class Bench:
         if "policies" in only:
             self.attempt("eviction policies", simulate)
 
+    def run_predict(self) -> None:
+        """Measure encoders, models of texts and the stateful encoder."""
+        plan, timeout_s = self._plan, self._plan.budget_s
+        for shape, dtype in plan.encoders:
+            self.attempt(
+                f"encoder, {shape}, {dtype}",
+                lambda shape=shape, dtype=dtype: measure_encoder(  # type: ignore[misc]
+                    shape, dtype, timeout_s=timeout_s
+                ),
+            )
+        self.attempt(
+            "texts over gRPC",
+            lambda: measure_texts(
+                cores=self._limits.cores,
+                matrix_gflop_per_s=self._limits.float32_flops / 1e9,
+                seconds=plan.predict_seconds,
+                folder=self._folder / "texts",
+                timeout_s=timeout_s,
+            ),
+        )
+        self.attempt(
+            "stateful encoder over gRPC",
+            lambda: measure_features(
+                seconds=plan.predict_seconds,
+                num_loads=max(1, min(2, self._limits.cores - 2)),
+                folder=self._folder,
+                timeout_s=timeout_s,
+            ),
+        )
+        self.attempt(
+            "from file to answer",
+            lambda: measure_first_answer(repeats=5, folder=self._folder / "load", timeout_s=timeout_s),
+        )
+
     def write(self, folder: Path) -> None:
         """Write the report as JSON and as Markdown."""
         self.report.machine["load after"] = load_average()
@@ -329,7 +370,7 @@ class Bench:
 
 EXPERIMENTS = (
     *("core", "front-end", "repeats", "decode", "throughput"),
-    *("tiers", "restart", "prefetch", "policies", "trial"),
+    *("tiers", "restart", "prefetch", "policies", "trial", "predict"),
 )
 
 
@@ -386,6 +427,8 @@ def main(arguments: list[str] | None = None) -> int:
             if only & {"tiers", "restart", "prefetch", "trial"}:
                 for name in options.shapes or plan.shapes:
                     bench.run_shape_alone(SHAPES[name], only=only)
+            if "predict" in only:
+                bench.run_predict()
             bench.run_traces(trace=options.trace, sessions=options.sessions, only=only)
         finally:
             bench.write(options.out)

@@ -1,9 +1,9 @@
-"""Put the server together and run it: engine process, front end, telemetry, signals.
+"""Put the server together and run it: engine and predict processes, front end, telemetry, signals.
 
 ::
 
-    check the port -> spawn the engine -> (no gRPC object exists before this line) -> tokenizer, gRPC server
-                      '--- loads the model ------------------------------------------> READY: "ready on ..."
+    check the port -> spawn processes -> (no gRPC object exists before this line) -> tokenizer, gRPC server
+                      '--- load their models ---------------------------------------> READY: "ready on ..."
 
 While the model loads the server listens already: health says NOT_SERVING, calls are refused with UNAVAILABLE.
 The first SIGTERM or SIGINT drains and ends with 0; the second ends at once.
@@ -29,16 +29,17 @@ from server.banner import banner
 from server.config import ServerConfig
 from server.engine.errors import EngineStartError
 from server.engine.interface import Engine
-from server.engine.messages import EngineReady
 from server.engine.model_slot import ModelSlot
 from server.engine.process import EngineProcess
 from server.logs import configure_logs
+from server.predict.process import PredictProcess, PredictStartError
 from server.rpc.call import CallObserver
 from server.rpc.listener import ListenError, ListenOptions, TlsFiles, check_port_free
 from server.rpc.model_files import ModelFilesError, load_model_files
 from server.rpc.tokenizer import ModelTokenizer
 from server.telemetry.loop_lag import watch_loop_lag
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics, MetricsServer
+from server.telemetry.predict_metrics import PredictCollector, PredictMetrics
 
 if TYPE_CHECKING:
     from server.rpc.front_end import FrontEndOptions
@@ -72,6 +73,7 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
 class _Telemetry:
     registry: CollectorRegistry
     metrics: FrontEndMetrics
+    predict: PredictMetrics
     tracer: CallTracer | None = None
     server: MetricsServer | None = None
 
@@ -106,7 +108,7 @@ class _Application:
         signals = _StopSignals()
         try:
             await self._run(signals)
-        except (StartError, EngineStartError, ListenError, ModelFilesError) as error:
+        except (StartError, EngineStartError, PredictStartError, ListenError, ModelFilesError) as error:
             sys.stderr.write(f"kvserve: error: {error}\n")
             return 1
         return 0
@@ -122,22 +124,33 @@ class _Application:
                 config.engine_options(), log_format=config.log_format, log_level=config.log_level
             )
         )
-        starting = asyncio.create_task(engine.start(), name="engine-start")
+        predict = None
+        if config.predict == "on":
+            predict = PredictProcess(
+                config.predict_options(), log_format=config.log_format, log_level=config.log_level
+            )
+        starts = [asyncio.create_task(engine.start(), name="engine-start")]
+        if predict is not None:
+            starts.append(asyncio.create_task(predict.start(), name="predict-start"))
+        starting = asyncio.create_task(_all_of(starts), name="start")
         try:
-            await asyncio.sleep(0)  # the engine process is spawned now, before any gRPC object exists
+            await asyncio.sleep(0)  # the processes are spawned now, before any gRPC object exists
             tokenizer = await _unless(signals, starting, asyncio.to_thread(_load_tokenizer, config))
             if tokenizer is not None:
-                async with self._telemetry(engine) as telemetry:
-                    await self._serve(engine, tokenizer, telemetry, starting, signals)
+                async with self._telemetry(engine, predict) as telemetry:
+                    await self._serve(engine, predict, tokenizer, telemetry, starting, signals)
         finally:
             starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EngineStartError):
+            with contextlib.suppress(asyncio.CancelledError, EngineStartError, PredictStartError):
                 await starting
             await engine.stop(grace_s=0.0)
+            if predict is not None:
+                await predict.stop(grace_s=0.0)
 
     async def _serve(
         self,
         engine: ModelSlot,
+        predict: PredictProcess | None,
         tokenizer: ModelTokenizer,
         telemetry: _Telemetry,
         starting: asyncio.Task[None],
@@ -155,6 +168,8 @@ class _Application:
             observer=telemetry.metrics,
             call_observers=telemetry.call_observers,
             model_control=engine,
+            predict=predict,
+            predict_observer=telemetry.predict,
         )
         port = await front_end.start()
         grace_s = 0.0
@@ -164,7 +179,8 @@ class _Application:
             if starting.done():
                 starting.result()
                 if engine.ready is not None:
-                    _say_ready(config, engine.ready, port, telemetry, time.perf_counter() - self.started_s)
+                    lines = banner(config, engine.ready, None if predict is None else predict.ready)
+                    _say_ready(config, lines, port, telemetry, time.perf_counter() - self.started_s)
             await stopping
             grace_s = config.grace
             if front_end.num_active_calls:
@@ -174,11 +190,15 @@ class _Application:
         _say("stopped")
 
     @asynccontextmanager
-    async def _telemetry(self, engine: Engine) -> AsyncIterator[_Telemetry]:
+    async def _telemetry(self, engine: Engine, predict: PredictProcess | None) -> AsyncIterator[_Telemetry]:
         config = self.config
         registry = CollectorRegistry()
-        telemetry = _Telemetry(registry, FrontEndMetrics(registry, model_name=config.model_name))
+        telemetry = _Telemetry(
+            registry, FrontEndMetrics(registry, model_name=config.model_name), PredictMetrics(registry)
+        )
         registry.register(EngineCollector(engine, model_name=config.model_name))
+        if predict is not None:
+            registry.register(PredictCollector(predict))
         lag_watch = asyncio.create_task(watch_loop_lag(telemetry.metrics.loop_lag), name="loop-lag")
         try:
             if config.metrics_port is not None:
@@ -192,6 +212,16 @@ class _Application:
                 await asyncio.to_thread(telemetry.server.close)
             if telemetry.tracer is not None:
                 await asyncio.to_thread(telemetry.tracer.close)
+
+
+async def _all_of(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for all; raise what the first that fails raises, and end the others then."""
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _unless(
@@ -258,9 +288,9 @@ def _make_tracer(endpoint: str) -> CallTracer:
 
 
 def _say_ready(
-    config: ServerConfig, ready: EngineReady, port: int, telemetry: _Telemetry, elapsed_s: float
+    config: ServerConfig, lines: list[str], port: int, telemetry: _Telemetry, elapsed_s: float
 ) -> None:
-    for line in banner(config, ready):
+    for line in lines:
         _say(line)
     if telemetry.server is not None:
         _say(f"metrics   http://{config.metrics_host}:{telemetry.server.port}/metrics")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from server.config import ServerConfig
 from server.engine.messages import EngineReady
+from server.predict.messages import PredictReady
 
 __all__ = ["banner"]
 
 
-def banner(config: ServerConfig, ready: EngineReady) -> list[str]:
-    """Return the lines about model and cache. No credentials: of a Redis only that there is one."""
+def banner(config: ServerConfig, ready: EngineReady, predict: PredictReady | None) -> list[str]:
+    """Return the lines about models and cache. No credentials: of a Redis only that there is one."""
     kv_bytes = ready.num_blocks * ready.bytes_per_block
     model = (
         f"{config.model_name}: {ready.family}, {_count(ready.num_parameters)} parameters, "
@@ -34,7 +35,17 @@ def banner(config: ServerConfig, ready: EngineReady) -> list[str]:
         lines.append(f"tiers     {', '.join(tiers)}")
     if config.snapshots is not None:
         lines.append(f"snapshots {config.snapshots}")
+    if predict is not None:
+        lines.append(f"predict   {_predict(predict)}")
     return [*lines, *(f"note      {note}" for note in ready.notes)]
+
+
+def _predict(ready: PredictReady) -> str:
+    loaded = [f"{model.name}:{model.version}" for model in ready.preloaded]
+    return (
+        f"{ready.num_models} model{'s' * (ready.num_models != 1)} ({', '.join(loaded) or 'none'} loaded), "
+        f"{ready.num_threads} thread{'s' * (ready.num_threads != 1)}"
+    )
 
 
 def _policy(config: ServerConfig, ready: EngineReady) -> str:

@@ -99,7 +99,8 @@ class Violation:
 
 TELEMETRY = ("opentelemetry",)
 REDIS = ("redis",)
-OUTSIDE = (*UNSAFE, *TELEMETRY, *REDIS)
+MLFLOW = ("mlflow",)
+OUTSIDE = (*UNSAFE, *TELEMETRY, *REDIS, *MLFLOW)
 
 # The most specific owner's rule is the one that counts.
 RULES = (
@@ -167,6 +168,11 @@ RULES = (
         "server.engine_main",
         ("kvcore", "server.engine", "server.worker", "server.engine_main"),
         (*OUTSIDE, *GRPC),
+    ),
+    Rule(
+        "server.predict.sources.mlflow_client",
+        ("server.predict.sources",),
+        (*UNSAFE, *TELEMETRY, *REDIS, *GRPC, "torch", "transformers", "safetensors"),
     ),
     Rule(
         "server.predict_main",

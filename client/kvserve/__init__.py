@@ -1,12 +1,13 @@
 """Client of kvserve, a gRPC model server that computes a shared prefix once.
 
 ``AsyncClient`` for asyncio, ``Client`` for everything else; both have the same methods, take the same
-arguments and raise the same errors (see ``kvserve.Error`` and its subclasses). ``client.cache`` sees and
-steers the server's cache, ``client.models`` its models. ``kvserve.testing`` replaces the server in tests.
+arguments and raise the same errors (see ``kvserve.Error`` and its subclasses). They generate, predict and
+embed; ``client.cache`` sees and steers the server's cache, ``client.models`` its models and what they reuse.
+``kvserve.testing`` replaces the server in tests.
 """
 
 from kvserve._aio import AsyncClient, AsyncGenerateStream
-from kvserve._cache_aio import AsyncCache, AsyncCacheWatch, AsyncModels, AsyncProgress
+from kvserve._cache_aio import AsyncCache, AsyncCacheWatch
 from kvserve._cache_reports import (
     CacheReport,
     CacheStats,
@@ -23,9 +24,6 @@ from kvserve._cache_results import (
     CanaryInfo,
     EvictResult,
     LifetimeResult,
-    LoadProgress,
-    ModelState,
-    ModelStatus,
     PinKind,
     PinResult,
     PolicyInfo,
@@ -38,7 +36,7 @@ from kvserve._cache_results import (
     TrialResult,
     WarmProgress,
 )
-from kvserve._cache_sync import Cache, CacheWatch, Models, Progress
+from kvserve._cache_sync import Cache, CacheWatch
 from kvserve._config import ClientOptions, RetryPolicy, Tls
 from kvserve._errors import (
     Aborted,
@@ -62,8 +60,44 @@ from kvserve._errors import (
     Unimplemented,
     Unknown,
 )
+from kvserve._follow_aio import AsyncProgress
+from kvserve._follow_sync import Progress
 from kvserve._health import HealthStatus
+from kvserve._models_aio import AsyncModels, AsyncReuseWatch
+from kvserve._models_results import (
+    LoadProgress,
+    ModelList,
+    ModelState,
+    ModelStatus,
+    ReuseEvent,
+    ReuseEventKind,
+    ReuseKey,
+    ReusePolicy,
+    ReuseReport,
+    ReuseRisk,
+    RiskInterval,
+)
+from kvserve._models_sync import Models, ReuseWatch
 from kvserve._options import ChatMessage, GenerateOptions
+from kvserve._predict_aio import AsyncPredictStream
+from kvserve._predict_inputs import FeatureRows, PredictOptions, PredictRequest, TextInputs
+from kvserve._predict_results import (
+    Classification,
+    Embedding,
+    EmbedResult,
+    FeaturePrediction,
+    LabelScore,
+    Prediction,
+    PredictModelInfo,
+    PredictOutcome,
+    PredictResult,
+    PredictTask,
+    PredictTimings,
+    Regression,
+    TokenClassification,
+    TokenLabel,
+)
+from kvserve._predict_sync import PredictStream
 from kvserve._results import (
     FinishReason,
     GenerateEvent,
@@ -91,7 +125,9 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerateStream",
     "AsyncModels",
+    "AsyncPredictStream",
     "AsyncProgress",
+    "AsyncReuseWatch",
     "Cache",
     "CacheEvent",
     "CacheEventKind",
@@ -101,14 +137,19 @@ __all__ = [
     "CanaryInfo",
     "Cancelled",
     "ChatMessage",
+    "Classification",
     "Client",
     "ClientOptions",
     "DataLoss",
     "DeadlineExceeded",
     "Divergence",
+    "EmbedResult",
+    "Embedding",
     "Error",
     "EvictResult",
     "FailedPrecondition",
+    "FeaturePrediction",
+    "FeatureRows",
     "FieldViolation",
     "FinishReason",
     "GenerateEvent",
@@ -119,10 +160,12 @@ __all__ = [
     "HealthStatus",
     "Internal",
     "InvalidArgument",
+    "LabelScore",
     "LifetimeResult",
     "LoadProgress",
     "MisuseError",
     "ModelInfo",
+    "ModelList",
     "ModelState",
     "ModelStatus",
     "Models",
@@ -135,23 +178,44 @@ __all__ = [
     "PinStats",
     "PolicyInfo",
     "PolicyReport",
+    "PredictModelInfo",
+    "PredictOptions",
+    "PredictOutcome",
+    "PredictRequest",
+    "PredictResult",
+    "PredictStream",
+    "PredictTask",
+    "PredictTimings",
+    "Prediction",
     "PrefetchCounts",
     "PrefetchStats",
     "PrefixId",
     "PrefixInfo",
     "PrefixLookup",
     "Progress",
+    "Regression",
     "ResourceExhausted",
     "Restore",
     "RestoreDecision",
     "RetryPolicy",
     "Retryable",
+    "ReuseEvent",
+    "ReuseEventKind",
+    "ReuseKey",
+    "ReusePolicy",
+    "ReuseReport",
+    "ReuseRisk",
+    "ReuseWatch",
+    "RiskInterval",
     "Sample",
     "SnapshotProgress",
+    "TextInputs",
     "TierBlocks",
     "TierStats",
     "Timings",
     "Tls",
+    "TokenClassification",
+    "TokenLabel",
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
-from kvserve._cache_aio import AsyncCache, AsyncModels
+from kvserve._cache_aio import AsyncCache
 from kvserve._cache_requests import CacheCalls
 from kvserve._calls import Call
 from kvserve._config import ClientOptions, resolve_config
 from kvserve._errors import DeadlineExceeded, MisuseError, Unavailable
 from kvserve._grpc_aio import AsyncGrpcTransport
 from kvserve._health import HealthStatus, ReadyWait, health_status
+from kvserve._models_aio import AsyncModels
+from kvserve._models_requests import ModelCalls
 from kvserve._options import CallOptions, DetokenizeOptions, GenerateOptions, TokenizeOptions
+from kvserve._predict_aio import AsyncPredictStream, run_split
+from kvserve._predict_convert import predict_model_from_pb
+from kvserve._predict_inputs import FeatureRows, ModelOptions, PredictOptions, TextInputs
+from kvserve._predict_requests import PredictCalls, StreamItem
+from kvserve._predict_results import (
+    EmbedResult,
+    FeaturePrediction,
+    Prediction,
+    PredictModelInfo,
+    PredictResult,
+)
 from kvserve._requests import CallFactory
 from kvserve._results import (
     GenerateEvent,
@@ -31,6 +44,9 @@ from kvserve._transport import AsyncResponses, AsyncTransport
 from kvserve.v1 import generate_pb2
 
 __all__ = ["AsyncClient", "AsyncGenerateStream"]
+
+
+AnyPrediction = TypeVar("AnyPrediction", bound=Prediction)
 
 
 class AsyncGenerateStream(StreamState):
@@ -121,9 +137,9 @@ class AsyncClient:
         self._target = config.target
         self._calls = CallFactory(config)
         self._transport = transport or AsyncGrpcTransport(config)
-        cache_calls = CacheCalls(self._calls)
-        self._cache = AsyncCache(cache_calls, self._transport)
-        self._models = AsyncModels(cache_calls, self._transport)
+        self._predict_calls = PredictCalls(self._calls)
+        self._cache = AsyncCache(CacheCalls(self._calls), self._transport)
+        self._models = AsyncModels(ModelCalls(self._calls), self._transport)
 
     @property
     def target(self) -> str:
@@ -137,7 +153,7 @@ class AsyncClient:
 
     @property
     def models(self) -> AsyncModels:
-        """Return what lists, loads and unloads the server's models."""
+        """Return what lists, loads and names the server's models, and tells of their reuse."""
         return self._models
 
     def generate(self, text: str | None = None, /, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
@@ -156,6 +172,91 @@ class AsyncClient:
         Takes what ``generate`` takes. Cancelling the task ends the call.
         """
         return generate_result_from_pb(await self._transport.unary(self._calls.generate(text, options)))
+
+    @overload
+    async def predict(
+        self, inputs: TextInputs, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult[Prediction]: ...
+    @overload
+    async def predict(
+        self,
+        inputs: TextInputs,
+        /,
+        *,
+        model: str | None = None,
+        output: type[AnyPrediction],
+        **options: Unpack[PredictOptions],
+    ) -> PredictResult[AnyPrediction]: ...
+    async def predict(
+        self,
+        inputs: TextInputs,
+        /,
+        *,
+        model: str | None = None,
+        output: Any = Prediction,
+        **options: Unpack[PredictOptions],
+    ) -> PredictResult[Any]:
+        """Ask a predict model about a text, or about several at once; each may be a pair of texts.
+
+        Returns a sequence of predictions in the order of the inputs. Of which kind they are is the model's
+        task; ``output=`` says which kind is expected, for type checkers too, and refuses any other::
+
+            result = await client.predict(["good", "bad"], model="sentiment", output=kvserve.Classification)
+            print(result[0].label, result[0].score, result.version)
+
+        A list that is too long for one call (4,096 inputs, ``max_message_bytes``) takes several, up to four
+        at a time, all answered by the same version; one that fails fails the whole. See ``PredictOptions``.
+        """
+        return await run_split(self._predict_calls.predict(inputs, model, output, options), self._transport)
+
+    async def predict_features(
+        self, rows: FeatureRows, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult[FeaturePrediction]:
+        """Ask a predict model about rows of numbers: lists, tuples, a numpy array, anything with its buffer.
+
+        ``((await client.predict_features([[0.1, 0.2, ...]], model="risk"))[0]).prediction``. Long lists are
+        as in ``predict``. See ``PredictOptions``.
+        """
+        split = self._predict_calls.predict_features(rows, model, FeaturePrediction, options)
+        return await run_split(split, self._transport)
+
+    async def embed(
+        self, inputs: TextInputs, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> EmbedResult:
+        """Return the vectors of texts, from a model with the task "embed".
+
+        Each vector is an ``array('f')``; ``numpy.asarray(result.vectors)`` is their matrix. Long lists are
+        as in ``predict``. Of ``PredictOptions``, ``top_k`` and ``reuse`` have no meaning here.
+        """
+        return await run_split(self._predict_calls.embed(inputs, model, options), self._transport)
+
+    def stream_predict(
+        self,
+        requests: AsyncIterable[StreamItem] | Iterable[StreamItem] | None = None,
+        /,
+        *,
+        model: str | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> AsyncPredictStream:
+        """Prepare a stream of requests, each answered as soon as it is ready; entering it starts the call.
+
+        Takes an iterable, asynchronous or not, of what ``predict`` takes, or of ``PredictRequest`` for
+        more; without one, ``send`` them. The arguments here are the defaults of requests that don't say
+        otherwise::
+
+            async with client.stream_predict(lines, model="sentiment") as outcomes:
+                async for outcome in outcomes:
+                    print(outcome.request_id, outcome.error or outcome.result[0])
+
+        Requests without an id of their own are numbered from "1". Has no deadline unless given here.
+        """
+        call = self._predict_calls.stream_predict(model, options)
+        return AsyncPredictStream(call, self._predict_calls, requests, self._transport)
+
+    async def predict_model(self, name: str, /, **options: Unpack[ModelOptions]) -> PredictModelInfo:
+        """Describe a predict model: its task, labels, limits. Loads nothing."""
+        call = self._predict_calls.predict_model(name, options)
+        return predict_model_from_pb(await self._transport.unary(call))
 
     async def tokenize(self, text: str | None = None, /, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Turn text, or a conversation (``messages=``), into the token ids that ``generate`` would use."""

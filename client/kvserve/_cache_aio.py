@@ -1,17 +1,14 @@
-"""The cache and the models of a server, for asyncio: ``client.cache`` and ``client.models``."""
+"""The cache of a server, for asyncio: ``client.cache``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
-from types import TracebackType
-from typing import Any, Generic, Self, Unpack
+from collections.abc import AsyncIterator, Iterable
+from typing import Unpack
 
 from kvserve._cache_convert import (
     evict_result_from_pb,
     lifetime_result_from_pb,
-    load_progress_from_pb,
     lookup_from_pb,
-    model_status_from_pb,
     pin_result_from_pb,
     policy_report_from_pb,
     prefix_info_from_pb,
@@ -36,8 +33,6 @@ from kvserve._cache_results import (
     CacheEventKind,
     EvictResult,
     LifetimeResult,
-    LoadProgress,
-    ModelStatus,
     PinKind,
     PinResult,
     PolicyReport,
@@ -46,124 +41,22 @@ from kvserve._cache_results import (
     SnapshotProgress,
     WarmProgress,
 )
-from kvserve._cache_streams import ProgressState, Step, WatchState
+from kvserve._cache_streams import CacheWatchState
 from kvserve._calls import Call
-from kvserve._errors import MisuseError
-from kvserve._options import CallOptions, TimeoutOptions
-from kvserve._transport import AsyncResponses, AsyncTransport
+from kvserve._follow_aio import AsyncProgress, AsyncWatch
+from kvserve._options import CallOptions
+from kvserve._transport import AsyncTransport
 from kvserve.v1 import cache_admin_pb2 as pb
 
-__all__ = ["AsyncCache", "AsyncCacheWatch", "AsyncModels", "AsyncProgress"]
+__all__ = ["AsyncCache", "AsyncCacheWatch"]
 
 
-class AsyncProgress(ProgressState[Step], Generic[Step]):
-    """Work that takes its time: await it for the result, or follow it step by step.
-
-    ``result = await client.cache.warm(...)``, or ``async with client.cache.warm(...) as steps`` and
-    ``async for step in steps``. Leaving the block before the end ends the call, and so the work.
-    """
-
-    def __init__(
-        self, call: Call[Any, Any], convert: Callable[[Any], Step], transport: AsyncTransport
-    ) -> None:
-        super().__init__(call, convert)
-        self._transport = transport
-        self._responses: AsyncResponses[Any] | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._responses is not None:
-            raise MisuseError("this work was started already; call the method again")
-        self._responses = self._transport.stream(self._call)
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __aiter__(self) -> AsyncIterator[Step]:
-        """Iterate over the steps. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
-        if self._responses is None:
-            raise MisuseError("open it first: async with client.cache.warm(...) as steps; or await it")
-        return self._steps(self._responses)
-
-    async def _steps(self, responses: AsyncResponses[Any]) -> AsyncIterator[Step]:
-        try:
-            while (message := await responses.read()) is not None:
-                yield self._add(message)
-            self._check_complete()
-        finally:
-            responses.cancel()
-
-    async def wait(self) -> Step:
-        """Wait for the end and return the result; starts the work if its block was not entered.
-
-        Cancelling the task outside a block ends the work.
-        """
-        if self._responses is None:
-            async with self:
-                return await self.wait()
-        if not self.is_finished:
-            async for _ in self:
-                pass
-        return self.result
-
-    def __await__(self) -> Generator[Any, None, Step]:
-        return self.wait().__await__()
-
-    def cancel(self) -> None:
-        """End the call. Idempotent, never blocks, harmless after the end."""
-        if self._responses is not None:
-            self._responses.cancel()
-
-
-class AsyncCacheWatch(WatchState):
+class AsyncCacheWatch(AsyncWatch[CacheEvent], CacheWatchState):
     """What happens to the cache from now on; made by ``client.cache.watch``.
 
     Use it as ``async with ... as events`` and ``async for event in events``. Leaving the block ends the call.
     ``Unavailable`` says that the server or the connection went: what was seen so far may be out of date.
     """
-
-    def __init__(self, call: Call[pb.WatchCacheRequest, pb.CacheEvent], transport: AsyncTransport) -> None:
-        super().__init__(call)
-        self._transport = transport
-        self._responses: AsyncResponses[pb.CacheEvent] | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._responses is not None:
-            raise MisuseError("a watch can be entered only once; call watch() again")
-        self._responses = self._transport.stream(self._call)
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __aiter__(self) -> AsyncIterator[CacheEvent]:
-        """Iterate over the events. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
-        if self._responses is None:
-            raise MisuseError("open the watch first: async with client.cache.watch() as events")
-        return self._events(self._responses)
-
-    async def _events(self, responses: AsyncResponses[pb.CacheEvent]) -> AsyncIterator[CacheEvent]:
-        try:
-            while (message := await responses.read()) is not None:
-                for event in self._add(message):
-                    yield event
-        finally:
-            responses.cancel()
-
-    def cancel(self) -> None:
-        """End the call. Idempotent, never blocks, harmless after the end."""
-        if self._responses is not None:
-            self._responses.cancel()
 
 
 class AsyncCache:
@@ -286,27 +179,3 @@ class AsyncCache:
         """Read a snapshot back: await it, or follow it."""
         call = self._calls.restore_snapshot(name, options)
         return AsyncProgress(call, snapshot_progress_from_pb, self._transport)
-
-
-class AsyncModels:
-    """The models that the server was started with; it is ``client.models``."""
-
-    def __init__(self, calls: CacheCalls, transport: AsyncTransport) -> None:
-        self._calls = calls
-        self._transport = transport
-
-    async def list(self, **options: Unpack[TimeoutOptions]) -> tuple[ModelStatus, ...]:
-        """Describe them all, loaded or not."""
-        answer = await self._transport.unary(self._calls.list_models(options))
-        return tuple(map(model_status_from_pb, answer.models))
-
-    def load(self, name: str, **options: Unpack[TimeoutOptions]) -> AsyncProgress[LoadProgress]:
-        """Load one of them: await it, or follow it."""
-        return AsyncProgress(self._calls.load_model(name, options), load_progress_from_pb, self._transport)
-
-    async def unload(
-        self, name: str, drain_s: float | None = None, **options: Unpack[TimeoutOptions]
-    ) -> ModelStatus:
-        """Unload one. ``FailedPrecondition`` while requests run, unless ``drain_s`` lets them end first."""
-        answer = await self._transport.unary(self._calls.unload_model(name, drain_s, options))
-        return model_status_from_pb(answer.status)

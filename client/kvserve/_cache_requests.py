@@ -1,4 +1,4 @@
-"""From arguments to the calls about the cache and the models, for both clients.
+"""From arguments to the calls about the cache, for both clients.
 
 Refused here, with ``ValueError`` or ``TypeError`` that name the argument: what can't mean anything to any
 server. The rest is the server's to judge.
@@ -38,7 +38,7 @@ _PIN_KINDS = {PinKind.SOFT: pb.PIN_KIND_SOFT, PinKind.HARD: pb.PIN_KIND_HARD}
 
 
 class CacheCalls:
-    """Makes the calls of CacheAdminService."""
+    """Makes the calls of CacheAdminService about the cache."""
 
     def __init__(self, factory: CallFactory) -> None:
         self._factory = factory
@@ -220,7 +220,7 @@ class CacheCalls:
         """Make a call of SaveSnapshot."""
         check_options(options, SaveOptions, method="save_snapshot")
         request = pb.SaveSnapshotRequest()
-        _fill_name(request, "name", name, what="a snapshot's name")
+        _fill_name(request, name)
         for field in ("model", "namespace", "replace"):
             set_field(request, field, options.get(field))
         return self._factory.call(_calls.SAVE_SNAPSHOT, request, options)
@@ -231,34 +231,9 @@ class CacheCalls:
         """Make a call of RestoreSnapshot."""
         check_options(options, CallOptions, method="restore_snapshot")
         request = pb.RestoreSnapshotRequest()
-        _fill_name(request, "name", name, what="a snapshot's name")
+        _fill_name(request, name)
         set_field(request, "model", options.get("model"))
         return self._factory.call(_calls.RESTORE_SNAPSHOT, request, options)
-
-    def list_models(self, options: TimeoutOptions) -> Call[pb.ListModelsRequest, pb.ListModelsResponse]:
-        """Make a call of ListModels."""
-        check_options(options, TimeoutOptions, method="list")
-        return self._factory.call(_calls.LIST_MODELS, pb.ListModelsRequest(), options)
-
-    def load_model(
-        self, name: str, options: TimeoutOptions
-    ) -> Call[pb.LoadModelRequest, pb.LoadModelProgress]:
-        """Make a call of LoadModel."""
-        check_options(options, TimeoutOptions, method="load")
-        request = pb.LoadModelRequest()
-        _fill_name(request, "model", name, what="a model's name")
-        return self._factory.call(_calls.LOAD_MODEL, request, options)
-
-    def unload_model(
-        self, name: str, drain_s: float | None, options: TimeoutOptions
-    ) -> Call[pb.UnloadModelRequest, pb.UnloadModelResponse]:
-        """Make a call of UnloadModel."""
-        check_options(options, TimeoutOptions, method="unload")
-        request = pb.UnloadModelRequest()
-        _fill_name(request, "model", name, what="a model's name")
-        check_seconds("drain_s", drain_s)
-        fill_duration(request.drain, drain_s, field="drain")
-        return self._factory.call(_calls.UNLOAD_MODEL, request, options)
 
 
 _PrefixRequest = (
@@ -311,16 +286,10 @@ def _fill_reach(request: pb.EvictPrefixesRequest | pb.ClearCacheRequest, options
     set_field(request, "tiers", options.get("tiers"))
 
 
-def _fill_name(
-    request: pb.SaveSnapshotRequest | pb.RestoreSnapshotRequest | pb.LoadModelRequest | pb.UnloadModelRequest,
-    field: str,
-    name: str,
-    *,
-    what: str,
-) -> None:
+def _fill_name(request: pb.SaveSnapshotRequest | pb.RestoreSnapshotRequest, name: str) -> None:
     if not name:
-        raise ValueError(f"{what} can't be empty")
-    set_field(request, field, name)
+        raise ValueError("a snapshot's name can't be empty")
+    set_field(request, "name", name)
 
 
 def _pin_kind(argument: str, kind: PinName) -> pb.PinKind:

@@ -14,9 +14,6 @@ __all__ = [
     "CanaryInfo",
     "EvictResult",
     "LifetimeResult",
-    "LoadProgress",
-    "ModelState",
-    "ModelStatus",
     "PinKind",
     "PinResult",
     "PolicyInfo",
@@ -256,7 +253,7 @@ class CacheEvent:
     """Since the engine's start."""
 
 
-# ---- snapshots and models ----
+# ---- snapshots ----
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,41 +267,3 @@ class SnapshotProgress:
     """Left out: damaged, of another model, or without room."""
     done: bool
     elapsed_s: float
-
-
-class ModelState(StrEnum):
-    """Where a model is in its life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
-    OTHER = "other"
-    """A state that this version of the client doesn't know."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelStatus:
-    """A model that the server was started with."""
-
-    name: str
-    state: ModelState
-    fingerprint: str
-    kind: str
-    """"generate"."""
-    num_parameters: int
-    kv_bytes: int
-    load_s: float
-    running_requests: int
-    fault: str
-    """Why it is not READY, where that is a fault."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadProgress:
-    """How far a model is; the last one is the result."""
-
-    status: ModelStatus
-    elapsed_s: float
-    done: bool

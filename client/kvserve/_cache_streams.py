@@ -1,4 +1,4 @@
-"""What the streams about the cache know, whichever client reads them.
+"""What the streams about the cache and the models know, whichever client reads them.
 
 Like a generate stream, each of them owns its call: entering the block starts it, leaving the block ends it.
 """
@@ -12,9 +12,11 @@ from kvserve._cache_convert import event_from_pb
 from kvserve._cache_results import CacheEvent, CacheEventKind
 from kvserve._calls import Call
 from kvserve._errors import Internal, MisuseError
+from kvserve._models_convert import reuse_event_from_pb
+from kvserve._models_results import ReuseEvent
 from kvserve.v1 import cache_admin_pb2 as pb
 
-__all__ = ["ProgressState", "Step", "WatchState"]
+__all__ = ["CacheWatchState", "Event", "ProgressState", "ReuseWatchState", "Step", "WatchState"]
 
 
 class _Step(Protocol):
@@ -23,6 +25,7 @@ class _Step(Protocol):
 
 
 Step = TypeVar("Step", bound=_Step)
+Event = TypeVar("Event")
 
 
 class ProgressState(Generic[Step]):
@@ -63,8 +66,36 @@ class ProgressState(Generic[Step]):
             raise Internal("the server ended the call without its last message")
 
 
-class WatchState:
-    """The part of a watch that does no input or output. Base of ``CacheWatch`` and ``AsyncCacheWatch``.
+class WatchState(Generic[Event]):
+    """The part of a watch that does no input or output. Base of all watches."""
+
+    def __init__(self, call: Call[Any, Any]) -> None:
+        self._call = call
+        self._num_lost = 0
+
+    @property
+    def num_lost(self) -> int:
+        """Return how many events this watcher should have got so far and did not."""
+        return self._num_lost
+
+    def _add(self, message: Any) -> tuple[Event, ...]:
+        """Return what this message tells the reader."""
+        raise NotImplementedError
+
+
+class ReuseWatchState(WatchState[ReuseEvent]):
+    """A watch of reuse: its server counts what is lost."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.num_lost} lost>"
+
+    def _add(self, message: pb.ReuseEvent) -> tuple[ReuseEvent, ...]:
+        self._num_lost += message.num_lost
+        return (reuse_event_from_pb(message),)
+
+
+class CacheWatchState(WatchState[CacheEvent]):
+    """A watch of the cache.
 
     It holds the server to its word. Without filters every event of the engine should come, so that a gap in
     the sequence is a loss, also where the server didn't count it. A new epoch means that the engine started
@@ -72,17 +103,11 @@ class WatchState:
     """
 
     def __init__(self, call: Call[pb.WatchCacheRequest, pb.CacheEvent]) -> None:
-        self._call = call
+        super().__init__(call)
         self._gets_all = not call.request.kinds and not call.request.namespace
         self._epoch: int | None = None
         self._sequence: int | None = None
         """Of the newest event; None where the next one has no predecessor to be counted from."""
-        self._num_lost = 0
-
-    @property
-    def num_lost(self) -> int:
-        """Return how many events this watcher should have got so far and did not."""
-        return self._num_lost
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: epoch {self._epoch} at {self._sequence}, {self._num_lost} lost>"

@@ -1,17 +1,14 @@
-"""The cache and the models of a server, blocking: ``client.cache`` and ``client.models``."""
+"""The cache of a server, blocking: ``client.cache``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Any, Generic, Self, Unpack
+from collections.abc import Iterable, Iterator
+from typing import Unpack
 
 from kvserve._cache_convert import (
     evict_result_from_pb,
     lifetime_result_from_pb,
-    load_progress_from_pb,
     lookup_from_pb,
-    model_status_from_pb,
     pin_result_from_pb,
     policy_report_from_pb,
     prefix_info_from_pb,
@@ -36,8 +33,6 @@ from kvserve._cache_results import (
     CacheEventKind,
     EvictResult,
     LifetimeResult,
-    LoadProgress,
-    ModelStatus,
     PinKind,
     PinResult,
     PolicyReport,
@@ -46,116 +41,22 @@ from kvserve._cache_results import (
     SnapshotProgress,
     WarmProgress,
 )
-from kvserve._cache_streams import ProgressState, Step, WatchState
+from kvserve._cache_streams import CacheWatchState
 from kvserve._calls import Call
-from kvserve._errors import MisuseError
-from kvserve._options import CallOptions, TimeoutOptions
-from kvserve._transport import Responses, Transport
+from kvserve._follow_sync import Progress, Watch
+from kvserve._options import CallOptions
+from kvserve._transport import Transport
 from kvserve.v1 import cache_admin_pb2 as pb
 
-__all__ = ["Cache", "CacheWatch", "Models", "Progress"]
+__all__ = ["Cache", "CacheWatch"]
 
 
-class Progress(ProgressState[Step], Generic[Step]):
-    """Work that takes its time: wait for the result, or follow it step by step.
-
-    ``result = client.cache.warm(...).wait()``, or ``with client.cache.warm(...) as steps`` and
-    ``for step in steps``. Nothing happens before either. Leaving the block before the end ends the call,
-    and so the work.
-    """
-
-    def __init__(self, call: Call[Any, Any], convert: Callable[[Any], Step], transport: Transport) -> None:
-        super().__init__(call, convert)
-        self._transport = transport
-        self._responses: Responses[Any] | None = None
-
-    def __enter__(self) -> Self:
-        if self._responses is not None:
-            raise MisuseError("this work was started already; call the method again")
-        self._responses = self._transport.stream(self._call)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __iter__(self) -> Iterator[Step]:
-        """Iterate over the steps. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
-        if self._responses is None:
-            raise MisuseError("open it first: with client.cache.warm(...) as steps; or wait()")
-        return self._steps(self._responses)
-
-    def _steps(self, responses: Responses[Any]) -> Iterator[Step]:
-        try:
-            while (message := responses.read()) is not None:
-                yield self._add(message)
-            self._check_complete()
-        finally:
-            responses.cancel()
-
-    def wait(self) -> Step:
-        """Wait for the end and return the result; starts the work if its block was not entered."""
-        if self._responses is None:
-            with self:
-                return self.wait()
-        if not self.is_finished:
-            for _ in self:
-                pass
-        return self.result
-
-    def cancel(self) -> None:
-        """End the call. Idempotent, never blocks, harmless after the end."""
-        if self._responses is not None:
-            self._responses.cancel()
-
-
-class CacheWatch(WatchState):
+class CacheWatch(Watch[CacheEvent], CacheWatchState):
     """What happens to the cache from now on; made by ``client.cache.watch``.
 
     Use it as ``with ... as events`` and ``for event in events``. Leaving the block ends the call.
     ``Unavailable`` says that the server or the connection went: what was seen so far may be out of date.
     """
-
-    def __init__(self, call: Call[pb.WatchCacheRequest, pb.CacheEvent], transport: Transport) -> None:
-        super().__init__(call)
-        self._transport = transport
-        self._responses: Responses[pb.CacheEvent] | None = None
-
-    def __enter__(self) -> Self:
-        if self._responses is not None:
-            raise MisuseError("a watch can be entered only once; call watch() again")
-        self._responses = self._transport.stream(self._call)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __iter__(self) -> Iterator[CacheEvent]:
-        """Iterate over the events. Raises ``kvserve.Error``; ``Cancelled`` after ``cancel()``."""
-        if self._responses is None:
-            raise MisuseError("open the watch first: with client.cache.watch() as events")
-        return self._events(self._responses)
-
-    def _events(self, responses: Responses[pb.CacheEvent]) -> Iterator[CacheEvent]:
-        try:
-            while (message := responses.read()) is not None:
-                yield from self._add(message)
-        finally:
-            responses.cancel()
-
-    def cancel(self) -> None:
-        """End the call. Idempotent, never blocks, harmless after the end."""
-        if self._responses is not None:
-            self._responses.cancel()
 
 
 class Cache:
@@ -276,27 +177,3 @@ class Cache:
         """Read a snapshot back: wait for it, or follow it."""
         call = self._calls.restore_snapshot(name, options)
         return Progress(call, snapshot_progress_from_pb, self._transport)
-
-
-class Models:
-    """The models that the server was started with; it is ``client.models``."""
-
-    def __init__(self, calls: CacheCalls, transport: Transport) -> None:
-        self._calls = calls
-        self._transport = transport
-
-    def list(self, **options: Unpack[TimeoutOptions]) -> tuple[ModelStatus, ...]:
-        """Describe them all, loaded or not."""
-        answer = self._transport.unary(self._calls.list_models(options))
-        return tuple(map(model_status_from_pb, answer.models))
-
-    def load(self, name: str, **options: Unpack[TimeoutOptions]) -> Progress[LoadProgress]:
-        """Load one of them: wait for it, or follow it."""
-        return Progress(self._calls.load_model(name, options), load_progress_from_pb, self._transport)
-
-    def unload(
-        self, name: str, drain_s: float | None = None, **options: Unpack[TimeoutOptions]
-    ) -> ModelStatus:
-        """Unload one. ``FailedPrecondition`` while requests run, unless ``drain_s`` lets them end first."""
-        answer = self._transport.unary(self._calls.unload_model(name, drain_s, options))
-        return model_status_from_pb(answer.status)

@@ -10,15 +10,19 @@ from google.protobuf.message import Message
 
 from kvserve import _health
 from kvserve.v1 import cache_admin_pb2 as pb
-from kvserve.v1 import generate_pb2
+from kvserve.v1 import generate_pb2, predict_pb2
 
 __all__ = [
     "CLEAR_CACHE",
+    "CLEAR_REUSE",
     "DETOKENIZE",
+    "EMBED",
     "EVICT_PREFIXES",
     "GENERATE",
     "GET_MODEL_INFO",
     "GET_POLICY",
+    "GET_PREDICT_MODEL",
+    "GET_REUSE",
     "GET_STATS",
     "HEALTH_CHECK",
     "HEALTH_WATCH",
@@ -27,17 +31,21 @@ __all__ = [
     "LOAD_MODEL",
     "LOOKUP_PREFIX",
     "PIN_PREFIX",
+    "PREDICT",
     "RELEASE_PREFIX",
     "RESTORE_SNAPSHOT",
     "SAVE_SNAPSHOT",
     "SET_LIFETIME",
+    "SET_MODEL_ALIAS",
     "SET_POLICY",
     "STREAM_GENERATE",
+    "STREAM_PREDICT",
     "TOKENIZE",
     "UNLOAD_MODEL",
     "UNPIN_PREFIX",
     "WARM_PREFIX",
     "WATCH_CACHE",
+    "WATCH_REUSE",
     "Call",
     "Method",
 ]
@@ -89,6 +97,21 @@ DETOKENIZE: Method[generate_pb2.DetokenizeRequest, generate_pb2.DetokenizeRespon
 )
 GET_MODEL_INFO: Method[generate_pb2.GetModelInfoRequest, generate_pb2.ModelInfo] = Method(
     _GENERATE_SERVICE + "GetModelInfo", generate_pb2.ModelInfo.FromString
+)
+
+_PREDICT_SERVICE = "/kvserve.v1.PredictService/"
+
+PREDICT: Method[predict_pb2.PredictRequest, predict_pb2.PredictResponse] = Method(
+    _PREDICT_SERVICE + "Predict", predict_pb2.PredictResponse.FromString
+)
+STREAM_PREDICT: Method[predict_pb2.PredictRequest, predict_pb2.StreamPredictResponse] = Method(
+    _PREDICT_SERVICE + "StreamPredict", predict_pb2.StreamPredictResponse.FromString
+)
+EMBED: Method[predict_pb2.EmbedRequest, predict_pb2.EmbedResponse] = Method(
+    _PREDICT_SERVICE + "Embed", predict_pb2.EmbedResponse.FromString
+)
+GET_PREDICT_MODEL: Method[predict_pb2.GetPredictModelRequest, predict_pb2.PredictModel] = Method(
+    _PREDICT_SERVICE + "GetPredictModel", predict_pb2.PredictModel.FromString
 )
 
 _CACHE_ADMIN_SERVICE = "/kvserve.v1.CacheAdminService/"
@@ -146,6 +169,18 @@ LOAD_MODEL: Method[pb.LoadModelRequest, pb.LoadModelProgress] = Method(
 )
 UNLOAD_MODEL: Method[pb.UnloadModelRequest, pb.UnloadModelResponse] = Method(
     _CACHE_ADMIN_SERVICE + "UnloadModel", pb.UnloadModelResponse.FromString
+)
+SET_MODEL_ALIAS: Method[pb.SetModelAliasRequest, pb.SetModelAliasResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "SetModelAlias", pb.SetModelAliasResponse.FromString
+)
+GET_REUSE: Method[pb.GetReuseRequest, pb.GetReuseResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "GetReuse", pb.GetReuseResponse.FromString
+)
+WATCH_REUSE: Method[pb.WatchReuseRequest, pb.ReuseEvent] = Method(
+    _CACHE_ADMIN_SERVICE + "WatchReuse", pb.ReuseEvent.FromString
+)
+CLEAR_REUSE: Method[pb.ClearReuseRequest, pb.ClearReuseResponse] = Method(
+    _CACHE_ADMIN_SERVICE + "ClearReuse", pb.ClearReuseResponse.FromString
 )
 
 _HEALTH_SERVICE = "/grpc.health.v1.Health/"

@@ -6,15 +6,16 @@ Every error of a call is an ``Error``; the original gRPC error, where there is o
     |-- InvalidArgument         .violations: which field, and what is wrong with it
     |-- Unauthenticated         no API key, or not a valid one
     |-- PermissionDenied        a valid key that may not do this
-    |-- NotFound                no such model, prefix or snapshot
+    |-- NotFound                no such model, version, prefix or snapshot
     |-- AlreadyExists           request_id is in use by a running call, or a snapshot has this name
     |-- FailedPrecondition      well formed, but not in this state: a prompt larger than the memory,
-    |                           a prefix or model in use (.reason tells which, for a program)
+    |                           a prefix or model in use, a model that can't be loaded as it is
+    |                           (.reason tells which, for a program)
     |-- OutOfRange
     |-- DeadlineExceeded        timeout_s passed
     |-- Cancelled               cancelled by stream.cancel(), by leaving the block, or by the server
     |-- Retryable               the same call may succeed later
-    |   |-- ResourceExhausted   .retry_after_s: queue full or rate limit reached
+    |   |-- ResourceExhausted   .retry_after_s: queue full, rate limit reached, no room for a model
     |   |-- Unavailable         .retry_after_s: not reachable, loading, draining, or the engine was lost
     |   `-- Aborted             .retry_after_s
     |-- Unimplemented           the server is older than the client, or is something else
@@ -58,6 +59,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Unknown",
+    "error_from_code",
     "error_from_rpc",
 ]
 
@@ -124,7 +126,7 @@ class PermissionDenied(Error):
 
 
 class NotFound(Error):
-    """The server has no such model, prefix or snapshot."""
+    """The server has no such model, version, alias, prefix or snapshot."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -139,7 +141,8 @@ class FailedPrecondition(Error):
     """The request is well formed, but the server's state forbids it.
 
     A prompt is larger than the server's memory; a prefix is held by running requests or by a hard pin; a
-    model still serves. ``reason`` tells which, where the server sent one. Nothing was changed.
+    model still serves, or can't be loaded as it is. ``reason`` tells which, where the server sent one.
+    Nothing was changed.
     """
 
     code = grpc.StatusCode.FAILED_PRECONDITION
@@ -171,7 +174,7 @@ class Retryable(Error):
 
 
 class ResourceExhausted(Retryable):
-    """The server's queue is full, a rate limit was reached, or a message was too large."""
+    """The server's queue is full, a rate limit was reached, a message or a model was too large."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -259,6 +262,24 @@ def error_from_rpc(error: grpc.RpcError) -> Error:
         reason=info.reason,
         domain=info.domain,
         details=info.metadata,
+    )
+
+
+_BY_NUMBER = {code.value[0]: error_type for code, error_type in _BY_CODE.items()}
+
+
+def error_from_code(
+    number: int,
+    message: str,
+    *,
+    violations: Sequence[FieldViolation],
+    reason: str,
+    retry_after_s: float | None,
+) -> Error:
+    """Make the typed error of one request among many, from a ``google.rpc.Code`` inside a message."""
+    error_type = _BY_NUMBER.get(number, Unknown)
+    return error_type(
+        message or error_type.code.name, violations=violations, reason=reason, retry_after_s=retry_after_s
     )
 
 

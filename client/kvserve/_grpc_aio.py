@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from kvserve._calls import Call
 from kvserve._config import ClientConfig
@@ -15,6 +17,7 @@ from kvserve._transport import channel_arguments, channel_credentials
 
 __all__ = ["AsyncGrpcTransport"]
 
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 
 
@@ -53,6 +56,26 @@ class _GrpcResponses(Generic[Response]):
         self._rpc.cancel()
 
 
+class _GrpcDuplex(_GrpcResponses[Response]):
+    """A call that takes many requests."""
+
+    async def write(self, request: Any, /) -> bool:
+        try:
+            await self._rpc.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return False
+        except asyncio.CancelledError:
+            if _is_task_cancelled():
+                raise
+            return False
+        return True
+
+    async def end_writes(self) -> None:
+        if not self._rpc.done():
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._rpc.done_writing()
+
+
 class AsyncGrpcTransport:
     """One channel, made by the first call, because it belongs to the event loop that runs then."""
 
@@ -77,6 +100,9 @@ class AsyncGrpcTransport:
     def stream(self, call: Call[Any, Response], /) -> _GrpcResponses[Response]:
         return _GrpcResponses(self._start(call, self._open_channel().unary_stream))
 
+    def duplex(self, call: Call[Request, Response], /) -> _GrpcDuplex[Response]:
+        return _GrpcDuplex(self._start(call, self._open_channel().stream_stream, is_duplex=True))
+
     async def aclose(self) -> None:
         self._closed = True
         for rpc in list(self._running):
@@ -84,14 +110,14 @@ class AsyncGrpcTransport:
         if self._channel is not None:
             await self._channel.close()
 
-    def _start(self, call: Call[Any, Any], kind: Any) -> Any:
+    def _start(self, call: Call[Any, Any], kind: Any, *, is_duplex: bool = False) -> Any:
         method = kind(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
             response_deserializer=call.method.parse,
         )
         rpc = method(
-            call.request,
+            *(() if is_duplex else (call.request,)),
             timeout=call.timeout_s,
             metadata=call.metadata,
             wait_for_ready=call.wait_for_ready,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from kvserve._calls import Call
 from kvserve._config import ClientConfig
@@ -13,7 +17,11 @@ from kvserve._transport import channel_arguments, channel_credentials
 
 __all__ = ["GrpcTransport"]
 
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
+
+_MAX_OUTGOING = 32
+"""Requests of one call that wait for the wire; beyond that their writer waits."""
 
 
 class _GrpcResponses(Generic[Response]):
@@ -33,6 +41,85 @@ class _GrpcResponses(Generic[Response]):
         self._rpc.cancel()
 
 
+class _GrpcPending(Generic[Response]):
+    """A unary call that runs."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def result(self) -> Response:
+        try:
+            response: Response = self._future.result()
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        except grpc.FutureCancelledError as error:
+            raise Cancelled("the call was cancelled") from error
+        return response
+
+    def cancel(self) -> None:
+        self._future.cancel()
+
+
+class _Outbox:
+    """Requests on their way from a writer's thread to the thread of gRPC that sends them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._requests: deque[Any] = deque()
+        self._is_ended = False
+        self._is_over = False
+
+    def put(self, request: Any) -> bool:
+        """Add a request once there is room; return False, and drop it, if the call is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or len(self._requests) < _MAX_OUTGOING)
+            if self._is_over:
+                return False
+            if self._is_ended:
+                raise MisuseError("no more requests were to come")
+            self._requests.append(request)
+            self._changed.notify_all()
+            return True
+
+    def end(self) -> None:
+        """Let the sender stop after what is here."""
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everybody go: the call is over."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_over or self._is_ended or bool(self._requests))
+                if self._is_over or not self._requests:
+                    return
+                request = self._requests.popleft()
+                self._changed.notify_all()
+            yield request
+
+
+class _GrpcDuplex(_GrpcResponses[Response]):
+    """A call that takes many requests."""
+
+    def __init__(self, rpc: Any, outbox: _Outbox) -> None:
+        super().__init__(rpc)
+        self._outbox = outbox
+        if not rpc.add_callback(outbox.close):
+            outbox.close()
+
+    def write(self, request: Any, /) -> bool:
+        return self._outbox.put(request)
+
+    def end_writes(self) -> None:
+        self._outbox.end()
+
+
 class GrpcTransport:
     """One channel; connects with the first call. Any thread may use it."""
 
@@ -47,19 +134,23 @@ class GrpcTransport:
 
     def unary(self, call: Call[Any, Response], /) -> Response:
         # As a future, so that an interrupt in this thread (Ctrl-C) can end the call on its way out.
-        future = self._method(call, self._channel.unary_unary).future(call.request, **_terms(call))
+        pending = self.start(call)
         try:
-            response: Response = future.result()
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        except grpc.FutureCancelledError as error:
-            raise Cancelled("the call was cancelled") from error
+            return pending.result()
         finally:
-            future.cancel()
-        return response
+            pending.cancel()
+
+    def start(self, call: Call[Any, Response], /) -> _GrpcPending[Response]:
+        method = self._method(call, self._channel.unary_unary)
+        return _GrpcPending(method.future(call.request, **_terms(call)))
 
     def stream(self, call: Call[Any, Response], /) -> _GrpcResponses[Response]:
         return _GrpcResponses(self._method(call, self._channel.unary_stream)(call.request, **_terms(call)))
+
+    def duplex(self, call: Call[Request, Response], /) -> _GrpcDuplex[Response]:
+        outbox = _Outbox()
+        rpc = self._method(call, self._channel.stream_stream)(iter(outbox), **_terms(call))
+        return _GrpcDuplex(rpc, outbox)
 
     def close(self) -> None:
         self._closed = True

@@ -56,6 +56,15 @@ class CallFactory:
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
 
+    @property
+    def max_message_bytes(self) -> int:
+        """Return the size of the largest message."""
+        return self._config.max_message_bytes
+
+    def timeout_s(self, options: TimeoutOptions) -> float | None:
+        """Return the deadline of a call with these arguments; None: it has none."""
+        return options.get("timeout_s", self._config.timeout_s)
+
     def stream_generate(
         self, text: str | None, options: GenerateOptions
     ) -> Call[generate_pb2.GenerateRequest, generate_pb2.GenerateEvent]:
@@ -131,7 +140,7 @@ class CallFactory:
         return Call(
             method=method,
             request=request,
-            timeout_s=options.get("timeout_s", self._config.timeout_s),
+            timeout_s=self.timeout_s(options),
             metadata=self._metadata(),
         )
 

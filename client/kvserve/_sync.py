@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
 from kvserve._cache_requests import CacheCalls
-from kvserve._cache_sync import Cache, Models
+from kvserve._cache_sync import Cache
 from kvserve._calls import Call
 from kvserve._config import ClientOptions, resolve_config
 from kvserve._errors import DeadlineExceeded, MisuseError, Unavailable
 from kvserve._grpc_sync import GrpcTransport
 from kvserve._health import HealthStatus, ReadyWait, health_status
+from kvserve._models_requests import ModelCalls
+from kvserve._models_sync import Models
 from kvserve._options import CallOptions, DetokenizeOptions, GenerateOptions, TokenizeOptions
+from kvserve._predict_convert import predict_model_from_pb
+from kvserve._predict_inputs import FeatureRows, ModelOptions, PredictOptions, TextInputs
+from kvserve._predict_requests import PredictCalls, StreamItem
+from kvserve._predict_results import (
+    EmbedResult,
+    FeaturePrediction,
+    Prediction,
+    PredictModelInfo,
+    PredictResult,
+)
+from kvserve._predict_sync import PredictStream, run_split
 from kvserve._requests import CallFactory
 from kvserve._results import (
     GenerateEvent,
@@ -30,6 +43,9 @@ from kvserve._transport import Responses, Transport
 from kvserve.v1 import generate_pb2
 
 __all__ = ["Client", "GenerateStream"]
+
+
+AnyPrediction = TypeVar("AnyPrediction", bound=Prediction)
 
 
 class GenerateStream(StreamState):
@@ -117,9 +133,9 @@ class Client:
         self._target = config.target
         self._calls = CallFactory(config)
         self._transport = transport or GrpcTransport(config)
-        cache_calls = CacheCalls(self._calls)
-        self._cache = Cache(cache_calls, self._transport)
-        self._models = Models(cache_calls, self._transport)
+        self._predict_calls = PredictCalls(self._calls)
+        self._cache = Cache(CacheCalls(self._calls), self._transport)
+        self._models = Models(ModelCalls(self._calls), self._transport)
 
     @property
     def target(self) -> str:
@@ -133,7 +149,7 @@ class Client:
 
     @property
     def models(self) -> Models:
-        """Return what lists, loads and unloads the server's models."""
+        """Return what lists, loads and names the server's models, and tells of their reuse."""
         return self._models
 
     def generate(self, text: str | None = None, /, **options: Unpack[GenerateOptions]) -> GenerateStream:
@@ -147,6 +163,90 @@ class Client:
     def generate_once(self, text: str | None = None, /, **options: Unpack[GenerateOptions]) -> GenerateResult:
         """Generate, and return the whole answer. Takes what ``generate`` takes."""
         return generate_result_from_pb(self._transport.unary(self._calls.generate(text, options)))
+
+    @overload
+    def predict(
+        self, inputs: TextInputs, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult[Prediction]: ...
+    @overload
+    def predict(
+        self,
+        inputs: TextInputs,
+        /,
+        *,
+        model: str | None = None,
+        output: type[AnyPrediction],
+        **options: Unpack[PredictOptions],
+    ) -> PredictResult[AnyPrediction]: ...
+    def predict(
+        self,
+        inputs: TextInputs,
+        /,
+        *,
+        model: str | None = None,
+        output: Any = Prediction,
+        **options: Unpack[PredictOptions],
+    ) -> PredictResult[Any]:
+        """Ask a predict model about a text, or about several at once; each may be a pair of texts.
+
+        Returns a sequence of predictions in the order of the inputs. Of which kind they are is the model's
+        task; ``output=`` says which kind is expected, for type checkers too, and refuses any other::
+
+            result = client.predict(["good", "bad"], model="sentiment", output=kvserve.Classification)
+            print(result[0].label, result[0].score, result.version)
+
+        A list that is too long for one call (4,096 inputs, ``max_message_bytes``) takes several, up to four
+        at a time, all answered by the same version; one that fails fails the whole. See ``PredictOptions``.
+        """
+        return run_split(self._predict_calls.predict(inputs, model, output, options), self._transport)
+
+    def predict_features(
+        self, rows: FeatureRows, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult[FeaturePrediction]:
+        """Ask a predict model about rows of numbers: lists, tuples, a numpy array, anything with its buffer.
+
+        ``((client.predict_features([[0.1, 0.2, ...]], model="risk"))[0]).prediction``. Long lists are as in
+        ``predict``. See ``PredictOptions``.
+        """
+        split = self._predict_calls.predict_features(rows, model, FeaturePrediction, options)
+        return run_split(split, self._transport)
+
+    def embed(
+        self, inputs: TextInputs, /, *, model: str | None = None, **options: Unpack[PredictOptions]
+    ) -> EmbedResult:
+        """Return the vectors of texts, from a model with the task "embed".
+
+        Each vector is an ``array('f')``; ``numpy.asarray(result.vectors)`` is their matrix. Long lists are
+        as in ``predict``. Of ``PredictOptions``, ``top_k`` and ``reuse`` have no meaning here.
+        """
+        return run_split(self._predict_calls.embed(inputs, model, options), self._transport)
+
+    def stream_predict(
+        self,
+        requests: Iterable[StreamItem] | None = None,
+        /,
+        *,
+        model: str | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> PredictStream:
+        """Prepare a stream of requests, each answered as soon as it is ready; entering it starts the call.
+
+        Takes an iterable of what ``predict`` takes, or of ``PredictRequest`` for more; without
+        one, ``send`` them. The arguments here are the defaults of requests that don't say otherwise::
+
+            with client.stream_predict(lines, model="sentiment") as outcomes:
+                for outcome in outcomes:
+                    print(outcome.request_id, outcome.error or outcome.result[0])
+
+        Requests without an id of their own are numbered from "1". Has no deadline unless given here.
+        """
+        call = self._predict_calls.stream_predict(model, options)
+        return PredictStream(call, self._predict_calls, requests, self._transport)
+
+    def predict_model(self, name: str, /, **options: Unpack[ModelOptions]) -> PredictModelInfo:
+        """Describe a predict model: its task, labels, limits. Loads nothing."""
+        call = self._predict_calls.predict_model(name, options)
+        return predict_model_from_pb(self._transport.unary(call))
 
     def tokenize(self, text: str | None = None, /, **options: Unpack[TokenizeOptions]) -> Tokens:
         """Turn text, or a conversation (``messages=``), into the token ids that ``generate`` would use."""

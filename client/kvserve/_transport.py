@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from kvserve._calls import Call
 from kvserve._config import ClientConfig, RetryPolicy, Tls
 
 __all__ = [
+    "AsyncDuplex",
     "AsyncResponses",
     "AsyncTransport",
+    "Duplex",
+    "Pending",
     "Responses",
     "Transport",
     "channel_arguments",
     "channel_credentials",
 ]
 
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 Response_co = TypeVar("Response_co", covariant=True)
+Request_contra = TypeVar("Request_contra", contravariant=True)
 
 
 class Responses(Protocol[Response_co]):
@@ -41,6 +47,30 @@ class Responses(Protocol[Response_co]):
         ...
 
 
+class Duplex(Responses[Response_co], Protocol[Request_contra, Response_co]):
+    """A running call that takes any number of requests. One thread may write while another reads."""
+
+    def write(self, request: Request_contra, /) -> bool:
+        """Send a request; block while the other side takes none. False: the call is over; read how."""
+        ...
+
+    def end_writes(self) -> None:
+        """Say that no more requests come. Idempotent, harmless after the end."""
+        ...
+
+
+class Pending(Protocol[Response_co]):
+    """A unary call that runs. Whoever started it waits for it or cancels it."""
+
+    def result(self) -> Response_co:
+        """Block until the answer. Raises ``kvserve.Error``."""
+        ...
+
+    def cancel(self) -> None:
+        """End the call. Idempotent, never blocks, harmless after the end."""
+        ...
+
+
 class Transport(Protocol):
     """Sends calls, blocking."""
 
@@ -48,8 +78,16 @@ class Transport(Protocol):
         """Return the answer. Raises ``kvserve.Error``."""
         ...
 
+    def start(self, call: Call[Any, Response], /) -> Pending[Response]:
+        """Start a unary call; never blocks."""
+        ...
+
     def stream(self, call: Call[Any, Response], /) -> Responses[Response]:
         """Start a call; never blocks."""
+        ...
+
+    def duplex(self, call: Call[Request, Response], /) -> Duplex[Request, Response]:
+        """Start a call that takes many requests, without one; never blocks. ``call.request`` is not sent."""
         ...
 
     def close(self) -> None:
@@ -69,6 +107,18 @@ class AsyncResponses(Protocol[Response_co]):
         ...
 
 
+class AsyncDuplex(AsyncResponses[Response_co], Protocol[Request_contra, Response_co]):
+    """A running call that takes any number of requests. One task may write while another reads."""
+
+    async def write(self, request: Request_contra, /) -> bool:
+        """Send a request; wait while the other side takes none. False: the call is over; read how."""
+        ...
+
+    async def end_writes(self) -> None:
+        """Say that no more requests come. Idempotent, harmless after the end."""
+        ...
+
+
 class AsyncTransport(Protocol):
     """Sends calls on the running event loop."""
 
@@ -78,6 +128,10 @@ class AsyncTransport(Protocol):
 
     def stream(self, call: Call[Any, Response], /) -> AsyncResponses[Response]:
         """Start a call; never blocks."""
+        ...
+
+    def duplex(self, call: Call[Request, Response], /) -> AsyncDuplex[Request, Response]:
+        """Start a call that takes many requests, without one; never blocks. ``call.request`` is not sent."""
         ...
 
     async def aclose(self) -> None:

@@ -17,20 +17,33 @@ refuse. An iterable may raise halfway. Calls about the cache are answered in the
                 return cache_admin_pb2.GetStatsResponse(model="m")
             case "WarmPrefix":
                 return [cache_admin_pb2.WarmPrefixProgress(num_tokens=8, done=True)]
+
+So are predict calls, for which ``classified`` and ``embedded`` make answers. A list that takes several calls
+is asked for in several; of ``stream_predict`` the function is called for each request::
+
+    def handler(method, request):
+        match method:
+            case "Predict":
+                return classified(*("POSITIVE" for _ in request.texts.items))
+            case "StreamPredict":
+                answer = classified("POSITIVE", request_id=request.request_id)
+                return predict_pb2.StreamPredictResponse(request_id=request.request_id, response=answer)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import asyncio
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
 
 from kvserve._calls import Call
-from kvserve._errors import Cancelled
-from kvserve.v1 import common_pb2, generate_pb2
+from kvserve._errors import Cancelled, Error
+from kvserve.v1 import common_pb2, generate_pb2, predict_pb2
 
-__all__ = ["AsyncMockTransport", "Handler", "MockTransport", "events"]
+__all__ = ["AsyncMockTransport", "Handler", "MockTransport", "classified", "embedded", "events"]
 
 Handler = Callable[[str, Any], Message | Iterable[Message]]
 """From the method's name (``"StreamGenerate"``) and its request to the answer."""
@@ -68,6 +81,88 @@ class _AsyncResponses(_Script):
         return self.next_message()
 
 
+class _Pending:
+    """A call that is answered when somebody waits for it."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self._answer = answer
+
+    def result(self) -> Any:
+        return self._answer()
+
+    def cancel(self) -> None:
+        pass
+
+
+class _DuplexScript:
+    """A scripted call with many requests: the handler answers each as it is written."""
+
+    def __init__(
+        self, answer: Callable[[Any], Iterable[Message]], put: Callable[[Message | Error | None], None]
+    ) -> None:
+        """``put`` hands the reader a message, an error to end with, or None for a good end."""
+        self._answer = answer
+        self._put = put
+        self._is_over = False
+        self.is_cancelled = False
+
+    def take_request(self, request: Any) -> bool:
+        if self._is_over or self.is_cancelled:
+            return False
+        try:
+            for message in self._answer(request):
+                self._put(message)
+        except Error as error:
+            self._is_over = True
+            self._put(error)
+        return not self._is_over
+
+    def end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._put(None)
+
+    def cancel(self) -> None:
+        if not self._is_over:
+            self.is_cancelled = self._is_over = True
+            self._put(Cancelled("the call was cancelled"))
+
+    def opened(self, item: Any) -> Any:
+        if isinstance(item, Error):
+            raise item
+        return item
+
+
+class _Duplex(_DuplexScript):
+    def __init__(self, answer: Callable[[Any], Iterable[Message]]) -> None:
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(answer, self._items.put)
+
+    def write(self, request: Any, /) -> bool:
+        return self.take_request(request)
+
+    def end_writes(self) -> None:
+        self.end()
+
+    def read(self) -> Any:
+        return self.opened(self._items.get())
+
+
+class _AsyncDuplex(_DuplexScript):
+    def __init__(self, answer: Callable[[Any], Iterable[Message]]) -> None:
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        super().__init__(answer, self._items.put_nowait)
+
+    async def write(self, request: Any, /) -> bool:
+        return self.take_request(request)
+
+    async def end_writes(self) -> None:
+        self.end()
+
+    async def read(self) -> Any:
+        return self.opened(await self._items.get())
+
+
 class _Handled:
     """What both mock transports do and remember."""
 
@@ -77,7 +172,7 @@ class _Handled:
         """All requests so far, protobuf messages."""
         self.metadata: list[dict[str, str]] = []
         """Their headers."""
-        self.streams: list[_Script] = []
+        self.streams: list[_Script | _DuplexScript] = []
         """All streams so far; each has ``is_cancelled``."""
 
     def _answer(self, call: Call[Any, Any]) -> Any:
@@ -86,6 +181,17 @@ class _Handled:
     def _record(self, call: Call[Any, Any]) -> None:
         self.requests.append(call.request)
         self.metadata.append(dict(call.metadata))
+
+    def _answer_each(self, call: Call[Any, Any]) -> Callable[[Any], Iterable[Message]]:
+        """Return what answers each request of a call with many."""
+        self.metadata.append(dict(call.metadata))
+
+        def answer(request: Any) -> Iterable[Message]:
+            self.requests.append(request)
+            answered = self._handler(call.method.name, request)
+            return [answered] if isinstance(answered, Message) else answered
+
+        return answer
 
 
 class MockTransport(_Handled):
@@ -100,6 +206,15 @@ class MockTransport(_Handled):
         responses = _Responses(lambda: self._answer(call))
         self.streams.append(responses)
         return responses
+
+    def start(self, call: Call[Any, Any], /) -> _Pending:
+        self._record(call)
+        return _Pending(lambda: self._answer(call))
+
+    def duplex(self, call: Call[Any, Any], /) -> _Duplex:
+        duplex = _Duplex(self._answer_each(call))
+        self.streams.append(duplex)
+        return duplex
 
     def close(self) -> None:
         pass
@@ -117,6 +232,11 @@ class AsyncMockTransport(_Handled):
         responses = _AsyncResponses(lambda: self._answer(call))
         self.streams.append(responses)
         return responses
+
+    def duplex(self, call: Call[Any, Any], /) -> _AsyncDuplex:
+        duplex = _AsyncDuplex(self._answer_each(call))
+        self.streams.append(duplex)
+        return duplex
 
     async def aclose(self) -> None:
         pass
@@ -148,3 +268,36 @@ def events(
     )
     messages[-1].summary.CopyFrom(generate_pb2.GenerateSummary(usage=usage, timings=common_pb2.Timings()))
     return messages
+
+
+def classified(
+    *labels: str, score: float = 1.0, model: str = "mock", version: str = "1", request_id: str = "mock-1"
+) -> predict_pb2.PredictResponse:
+    """Return the answer of a classifier, one label for each input, as a server would send it."""
+    answers = [
+        predict_pb2.Classification(
+            label=label, score=score, scores=[predict_pb2.LabelScore(label=label, score=score)]
+        )
+        for label in labels
+    ]
+    return predict_pb2.PredictResponse(
+        request_id=request_id,
+        model=model,
+        version=version,
+        predictions=[predict_pb2.Prediction(classification=answer, num_tokens=8) for answer in answers],
+        timings=predict_pb2.PredictTimings(batch_size=len(labels)),
+    )
+
+
+def embedded(
+    *vectors: Sequence[float], model: str = "mock", version: str = "1", request_id: str = "mock-1"
+) -> predict_pb2.EmbedResponse:
+    """Return the answer to ``embed``, one vector for each input, as a server would send it."""
+    return predict_pb2.EmbedResponse(
+        request_id=request_id,
+        model=model,
+        version=version,
+        vectors=[predict_pb2.Vector(values=vector) for vector in vectors],
+        num_tokens=8 * len(vectors),
+        timings=predict_pb2.PredictTimings(batch_size=len(vectors)),
+    )

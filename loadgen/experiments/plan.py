@@ -41,6 +41,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     policy_capacities: tuple[int, ...]
     """Cache sizes, in tokens."""
     trial_workload: str
+    encoders: tuple[tuple[str, str], ...]
+    """Shapes and types of weights that are held against their matrix products."""
+    predict_seconds: float
+    """Of each load of predict calls."""
 
 
 PLANS = {
@@ -65,6 +69,13 @@ PLANS = {
         replay_seeds=1,
         policy_capacities=(1_000_000, 3_000_000, 6_500_000),
         trial_workload="4 groups x 8 at 8",
+        encoders=(
+            ("minilm", "bfloat16"),
+            ("minilm", "float32"),
+            ("bert-base", "bfloat16"),
+            ("bert-base", "float32"),
+        ),
+        predict_seconds=10.0,
     ),
     "full": Plan(
         shapes=("smollm2-135m", "tinyllama-1.1b"),
@@ -90,6 +101,13 @@ PLANS = {
         replay_seeds=3,
         policy_capacities=CAPACITIES_TOKENS,
         trial_workload="4 groups x 8 at 8",
+        encoders=(
+            ("minilm", "bfloat16"),
+            ("minilm", "float32"),
+            ("bert-base", "bfloat16"),
+            ("bert-base", "float32"),
+        ),
+        predict_seconds=10.0,
     ),
     # For tests of the machinery: seconds, and figures that mean nothing.
     "smoke": Plan(
@@ -113,6 +131,8 @@ PLANS = {
         replay_seeds=1,
         policy_capacities=(1_000_000,),
         trial_workload="small",
+        encoders=(("minilm", "float32"),),
+        predict_seconds=1.0,
     ),
 }
 

@@ -32,8 +32,9 @@ from server.engine.admin_messages import (
     CancelAdmin,
     Watch,
 )
-from server.engine.errors import EngineUnavailableError, FrameTooLargeError
+from server.engine.errors import EngineUnavailableError
 from server.engine.messages import FailureKind, ToEngine
+from server.process.errors import FrameTooLargeError
 
 __all__ = ["AdminClient"]
 

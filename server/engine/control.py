@@ -1,8 +1,10 @@
-"""Messages that only the two ends of an engine process say to each other, besides ``messages``::
+"""What an engine process is started with, and everything that it says.
+
+::
 
 front end                                   engine process
    | -- Start (options) -------------------------> |   first frame, exactly once
-   | <------------------------------- Heartbeat -- |   all the time, from a thread of its own
+   | <------------------------------- Heartbeat -- |   all the time (server.process.messages)
    | <----------------- EngineReady, or Fault ---- |
    | -- Submit, Cancel, AdminCall, ... ----------> |
    | <------------------ Outputs, EngineStats ---- |
@@ -14,15 +16,15 @@ from __future__ import annotations
 
 import msgspec
 
-from server.engine.admin_messages import AdminProgress, AdminReply, CacheEvents
-from server.engine.messages import EngineReady, EngineStats, Outputs
+from server.engine.messages import FromEngine
 from server.engine.options import EngineOptions
+from server.process.messages import Fault, Heartbeat
 
-__all__ = ["Fault", "FromChild", "Heartbeat", "Start"]
+__all__ = ["FromChild", "Start"]
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """What the process shall become."""
+    """What the process shall become; a ``StartMessage`` of ``server.process``."""
 
     options: EngineOptions
     heartbeat_s: float = 0.5
@@ -32,23 +34,4 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     log_level: str = "info"
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """The process lives; and so long its present turn of the loop has taken."""
-
-    turn_s: float
-    """0 while waiting for requests."""
-    num_failed_steps: int = 0
-
-
-class Fault(msgspec.Struct, frozen=True, tag="fault"):
-    """Why the engine ends: said once, before it does."""
-
-    kind: str
-    """Name of the error's type."""
-    reason: str
-    """Fit for an operator."""
-    detail: str | None = None
-    """Traceback; only when ``Start.debug``."""
-
-
-FromChild = Outputs | EngineStats | Heartbeat | EngineReady | Fault | AdminReply | AdminProgress | CacheEvents
+FromChild = FromEngine | Heartbeat | Fault

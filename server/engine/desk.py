@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from server.engine.admin_client import AdminClient
-from server.engine.errors import EngineUnavailableError, FrameTooLargeError
+from server.engine.errors import EngineUnavailableError
 from server.engine.interface import EngineState
 from server.engine.messages import FailureKind, GenerateSpec, Submit, ToEngine
-from server.engine.state import StateCell
 from server.engine.streams import EventStream, StreamTable
+from server.process.errors import FrameTooLargeError
+from server.process.state import StateCell
 
 __all__ = ["Desk"]
 
@@ -37,7 +38,7 @@ class Desk:
         """
         self._send = send
         self._max_waiting = max_waiting
-        self.state = StateCell()
+        self.state = StateCell(EngineState.LOADING, last=EngineState.DEAD, name="engine")
         self.streams = StreamTable(send)
         self.admin = AdminClient(send, self._check_available)
         self.retry_after_s = RETRY_AFTER_S

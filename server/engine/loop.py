@@ -32,7 +32,7 @@ from server.engine.admin_messages import (
     CancelAdmin,
     Watch,
 )
-from server.engine.errors import EngineBrokenError, FrameTooLargeError
+from server.engine.errors import EngineBrokenError
 from server.engine.messages import (
     Cancel,
     Drain,
@@ -45,6 +45,7 @@ from server.engine.messages import (
 )
 from server.engine.plan import StepPlan, StepResult, StepRunner
 from server.engine.scheduler import Scheduler
+from server.process.errors import FrameTooLargeError
 
 __all__ = ["EngineLoop", "EngineParts", "Inbox", "Outbox", "Stop"]
 

@@ -1,6 +1,6 @@
 """Messages between the front end and an engine, in both directions.
 
-They cross a socket pair as MessagePack (``server.engine.link``), or a queue when the engine runs in
+They cross a socket pair as MessagePack (``server.process.link``), or a queue when the engine runs in
 the same process. A request is named by ``key``, a number that the front end draws and never reuses;
 client-given ids stay in the front end. Times are seconds; ``deadline_s`` is what is left at sending.
 

@@ -72,12 +72,19 @@ class _Model:
         self.name = name
         self.versions: dict[str, CatalogueEntry] = {}
         self.aliases: dict[str, _Alias] = {}
+        self._latest = ""
+
+    def changed(self) -> None:
+        """Find the latest version anew."""
+        self._latest = ""
 
     def latest(self) -> str:
-        if (named := self.aliases.get(LATEST)) is not None:
-            return named.version
-        trials = {alias.version for alias in self.aliases.values() if alias.share > 0}
-        return max(self.versions.keys() - trials or self.versions.keys(), key=version_order)
+        if not self._latest:
+            trials = {alias.version for alias in self.aliases.values() if alias.share > 0}
+            named = self.aliases.get(LATEST)
+            candidates = self.versions.keys() - trials or self.versions.keys()
+            self._latest = max(candidates, key=version_order) if named is None else named.version
+        return self._latest
 
     def find(self, version: str) -> CatalogueEntry:
         if version == LATEST:
@@ -124,6 +131,7 @@ class Catalogue:
             self._put(_entry(spec))
             if spec.canary is not None:
                 self._models[spec.name].aliases[CANARY] = _Alias(spec.version, spec.canary)
+                self._models[spec.name].changed()
         if self._root is not None and not self._root.is_dir():
             raise ModelRefusedError("the model root is not a folder")
         self._scan()
@@ -164,8 +172,8 @@ class Catalogue:
     def add(self, op: LoadModel) -> CatalogueEntry:
         """Add the version that ``op.source`` names; return it, also if it stands there already.
 
-        Raises ``InputError`` naming a field, or ``ModelRefusedError``: other contents under a version that
-        is taken, or a source that may not come from a client.
+        Raises ``InputError`` naming a field, also for a source that may not come from a client, or
+        ``ModelRefusedError``: other contents under a version that is taken.
         """
         for field, value, known in (("task", op.task, TASKS), ("pooling", op.pooling, POOLINGS)):
             if value and value not in known:
@@ -173,7 +181,10 @@ class Catalogue:
         for field, value in (("model", op.model), ("version", op.version or "1")):
             if not is_plain_name(value):
                 raise InputError("is not a plain name", part=field)
-        check_remote_source(op.source)
+        try:
+            check_remote_source(op.source)
+        except ModelRefusedError as error:
+            raise InputError(error.reason, part="source") from error
         with self._lock:
             model = self._models.get(op.model)
             version = op.version or _next_version(model)
@@ -211,6 +222,7 @@ class Catalogue:
                 raise InputError("is a version", part="alias")
             if not op.version:
                 model.aliases.pop(op.alias, None)
+                model.changed()
                 return
             version = model.find(op.version).spec.version
             present = model.aliases.get(op.alias)
@@ -219,6 +231,7 @@ class Catalogue:
             if others + new_share > 1 + 1e-9:
                 raise InputError("exceeds what the other aliases leave", part="traffic_share")
             model.aliases[op.alias] = _Alias(version, new_share)
+            model.changed()
 
     def _find(self, name: str) -> _Model:
         if name not in self._models:
@@ -237,6 +250,7 @@ class Catalogue:
         if self._num_entries >= MAX_VERSIONS:
             raise ModelRefusedError("the catalogue is full")
         model.versions[spec.version] = entry
+        model.changed()
         self._num_entries += 1
 
     def _scan_if_due(self) -> None:

@@ -243,6 +243,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int = 0
     num_inputs: int = 0
     idle_s: float | None = None
+    held: bool = False
+    """An operator unloaded it: calls do not load it again."""
     fault: str = ""
     """Why it is FAILED; fit for clients."""
 
@@ -266,6 +268,8 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     source: str = ""
     task: str = ""
     pooling: str = ""
+    lazy: bool = False
+    """Enter it into the catalogue and answer; it is loaded on first use."""
 
 
 class UnloadModel(msgspec.Struct, frozen=True, tag="unload"):
@@ -450,6 +454,8 @@ class OpFailed(msgspec.Struct, frozen=True, tag="op_failed"):
     op_id: int
     kind: FailureKind
     reason: str
+    part: str = ""
+    """Field of the operation that it is about."""
     retry_after_s: float | None = None
 
 

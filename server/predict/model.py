@@ -73,10 +73,10 @@ class ReusingModel(PredictModel, Protocol):
 class ModelLoader(Protocol):
     """Makes models. A loader thread; blocks."""
 
-    def size(self, spec: ModelSpec) -> int | None:
+    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
         """Return an upper bound of the bytes that the model will take, without loading it; None: not known.
 
-        May fetch what is needed to know. Raises ``ModelRefusedError``.
+        What must be fetched is fetched here. Raises ``ModelRefusedError``.
         """
         ...
 

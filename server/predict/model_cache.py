@@ -172,6 +172,12 @@ class ModelCache:
         with self._lock:
             return self._status(self._slot(entry))
 
+    def loaded(self) -> list[ModelStatus]:
+        """Return how the versions stand that are loaded now."""
+        loaded = (ModelPhase.READY, ModelPhase.DRAINING)
+        with self._lock:
+            return [self._status(slot) for slot in self._slots.values() if slot.phase in loaded]
+
     def loaded_model(self, entry: CatalogueEntry) -> PredictModel | None:
         """Return the model if it is loaded; it may be closed any time: for looking at reports alone."""
         with self._lock:
@@ -257,6 +263,7 @@ class ModelCache:
             num_running=slot.num_leases,
             num_requests=slot.num_requests,
             idle_s=None if slot.used_s is None else max(0.0, self._clock.now() - slot.used_s),
+            held=slot.is_held,
             fault=slot.fault,
         )
 
@@ -307,9 +314,6 @@ class ModelCache:
 
     def _fill(self, slot: Slot) -> None:
         spec = slot.entry.spec
-        self._make_room(slot, self._loader.size(spec))
-        if spec.semantic is not None:
-            slot.embedder = self._lease_embedder(slot.entry, spec.semantic.embedder)
 
         def on_progress(phase: str, num_done: int, num_total: int) -> None:
             with self._lock:
@@ -321,6 +325,9 @@ class ModelCache:
         def on_reuse_event(event: ReuseEvent) -> None:
             self._on_reuse_event(msgspec.structs.replace(event, model=spec.name, version=spec.version))
 
+        self._make_room(slot, self._loader.size(spec, on_progress=on_progress))
+        if spec.semantic is not None:
+            slot.embedder = self._lease_embedder(slot.entry, spec.semantic.embedder)
         model = self._loader.load(
             spec,
             on_progress=on_progress,

@@ -81,6 +81,8 @@ class FeatureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     bin_width: float = 0.0
     """Features of the key are rounded to multiples of it; 0: exact."""
     max_entries: int = 100_000
+    max_bytes: int = 256 << 20
+    """For the entries of each policy; whichever of the two is less."""
     lifetime_s: float | None = 60.0
     """TTL of an encoding; None: none. It adapts between the two below."""
     min_lifetime_s: float = 1.0
@@ -163,7 +165,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Folders below it (``name/`` or ``name/version/``) are the catalogue, beside ``models``; sources given
     over RPC must lie below it."""
     memory_bytes: int | None = None
-    """For loaded models; None: no limit."""
+    """For loaded models; None: half of what is free at the start."""
     max_models: int | None = None
     mlflow_uri: str | None = None
     device: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -120,4 +121,6 @@ class MemoryLimits:
 
 def again(error: PredictError, *, retry_after_s: float | None = None) -> PredictError:
     """Return the error anew: one exception must not be raised in several places at once."""
-    return type(error)(error.reason, retry_after_s=error.retry_after_s or retry_after_s)
+    copied = copy.copy(error)
+    copied.retry_after_s = error.retry_after_s or retry_after_s
+    return copied

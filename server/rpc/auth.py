@@ -1,8 +1,11 @@
 """API keys: who calls, with which scopes, and the salt that keeps tenants' caches apart.
 
-A keys file is YAML: a list of entries with ``tenant``, ``scopes`` (``generate``, ``admin``; default generate)
-and either ``key`` or ``key_sha256`` (hexadecimal, so that the file need not hold the key). Keys are compared
-as digests, in constant time and always with all of them.
+A keys file is YAML: a list of entries with ``tenant``, ``scopes`` (``generate``, ``predict``, ``admin``;
+default: generate alone) and either ``key`` or ``key_sha256`` (hexadecimal, so that the file need not hold the
+key). Keys are compared as digests, in constant time and always with all of them.
+
+Every method needs a key with its scope; of the Open Inference Protocol too, where even liveness tells what is
+served. Probes ask ``grpc.health.v1``, which is open.
 """
 
 from __future__ import annotations
@@ -17,11 +20,31 @@ from server.rpc.errors import PermissionDenied, Unauthenticated
 
 __all__ = ["ApiKey", "ApiKeyError", "Authenticator", "parse_api_keys"]
 
-SCOPES = frozenset({"generate", "admin"})
+SCOPES = frozenset({"generate", "predict", "admin"})
 MIN_KEY_CHARS = 16
 _MAX_HEADER_CHARS = 4096
 _SALT_PURPOSE = b"kvserve tenant salt v1"
-_SCOPE_OF_SERVICE = {"kvserve.v1.CacheAdminService": "admin"}
+_SCOPE_OF_SERVICE = {
+    "kvserve.v1.CacheAdminService": "admin",
+    "kvserve.v1.PredictService": "predict",
+    "inference.GRPCInferenceService": "admin",
+}
+_SCOPE_OF_METHOD = {
+    f"inference.GRPCInferenceService/{method}": "predict"
+    for method in (
+        "ServerLive",
+        "ServerReady",
+        "ModelReady",
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelConfig",
+        "ModelInfer",
+        "ModelStreamInfer",
+        "ModelStatistics",
+        "RepositoryIndex",
+    )
+}
+"""What else that service has (load, unload, shared memory, trace and log settings) is the administrator's."""
 
 
 class ApiKeyError(ValueError):
@@ -67,7 +90,7 @@ def _parse_entry(index: int, entry: object) -> ApiKey:
         raise ApiKeyError(f"{where}: tenant must be a printable name")
     scopes = entry.get("scopes", ["generate"])
     if not isinstance(scopes, list) or not scopes or not set(map(str, scopes)) <= SCOPES:
-        raise ApiKeyError(f"{where}: scopes must be a list of {' and '.join(sorted(SCOPES))}")
+        raise ApiKeyError(f"{where}: scopes must be a list of {', '.join(sorted(SCOPES))}")
     key, digest_hex = entry.get("key"), entry.get("key_sha256")
     if (key is None) == (digest_hex is None):
         raise ApiKeyError(f"{where}: needs either key or key_sha256")
@@ -108,8 +131,7 @@ class Authenticator:
         caller = self._find(values[0])
         if caller is None:
             raise Unauthenticated("the key is not valid")
-        service = method.strip("/").partition("/")[0]
-        scope = _SCOPE_OF_SERVICE.get(service, "generate")
+        scope = _scope_of(method)
         if scope not in caller.scopes:
             raise PermissionDenied(f"the key lacks the scope {scope}")
         return caller
@@ -133,6 +155,11 @@ class Authenticator:
             if hmac.compare_digest(key.digest, digest):
                 found = caller
         return found
+
+
+def _scope_of(method: str) -> str:
+    name = method.strip("/")
+    return _SCOPE_OF_METHOD.get(name) or _SCOPE_OF_SERVICE.get(name.partition("/")[0], "generate")
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""``kvserve.v1.CacheAdminService``: see and steer the cache of one engine.
+"""``kvserve.v1.CacheAdminService``: see and steer the cache of one engine, and the models.
 
 ::
 
@@ -28,6 +28,7 @@ from server.engine import admin_messages as ops
 from server.engine.admin_messages import AdminOp, AdminProgress, AdminRefusal, PrefixRef
 from server.engine.errors import EngineUnavailableError
 from server.engine.interface import ModelControl
+from server.predict.interface import PredictBackend
 from server.rpc import cache_admin_convert as convert
 from server.rpc import cache_admin_read as read
 from server.rpc.auth import Authenticator
@@ -43,6 +44,7 @@ from server.rpc.errors import (
 )
 from server.rpc.generate_service import ServiceLimits
 from server.rpc.model_admin import ModelAdmin
+from server.rpc.predict_admin import PredictAdmin
 from server.rpc.requests import ModelLimits
 from server.rpc.served_model import ServedModel
 from server.rpc.stream_writer import StreamWriter
@@ -79,11 +81,16 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
         control: ModelControl | None,
         tenants: Authenticator,
         limits: ServiceLimits,
+        predict: PredictBackend | None = None,
     ) -> None:
-        """``tenants`` knows the owners of namespaces; without ``control`` the model stays loaded."""
+        """``tenants`` knows the owners of namespaces; without ``control`` the model stays loaded.
+
+        ``predict`` has the models that generate nothing; None: there are none.
+        """
         self._model = model
         self._hub = hub
         self._models = ModelAdmin(model, control)
+        self._predict = PredictAdmin(predict, generating=model.name)
         self._tenants = tenants
         self._limits = limits
 
@@ -295,17 +302,43 @@ class CacheAdminService(cache_admin_pb2_grpc.CacheAdminServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         """Return the models and how they are."""
-        return self._models.statuses()
+        response = self._models.statuses()
+        await self._predict.add_statuses(response)
+        return self._checked(response)
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> None:  # noqa: N802
-        """Load the model, telling how it goes."""
-        async with self._writer(context) as writer, aclosing(self._models.load(request)) as messages:
+        """Load a model, telling how it goes."""
+        models = self._predict if self._predict.is_meant(request) else self._models
+        async with self._writer(context) as writer, aclosing(models.load(request)) as messages:
             async for message in messages:
                 await writer.write(message)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:  # noqa: N802
-        """Unload the model."""
-        return await self._models.unload(request)
+        """Unload a model."""
+        models = self._predict if self._predict.is_meant(request) else self._models
+        return await models.unload(request)
+
+    async def SetModelAlias(  # noqa: N802
+        self, request: pb.SetModelAliasRequest, context: Context
+    ) -> pb.SetModelAliasResponse:
+        """Name a version of a predict model."""
+        return self._checked(await self._predict.set_alias(request))
+
+    # -- reuse under drift --------------------------------------------------------------------------
+
+    async def GetReuse(self, request: pb.GetReuseRequest, context: Context) -> pb.GetReuseResponse:  # noqa: N802
+        """Return what reuse costs and saves."""
+        return self._checked(await self._predict.reuse(request), advice="; ask for fewer keys")
+
+    async def WatchReuse(self, request: pb.WatchReuseRequest, context: Context) -> None:  # noqa: N802
+        """Tell what happens to reuse."""
+        async with self._writer(context) as writer, aclosing(self._predict.watch(request)) as events:
+            async for event in events:
+                await writer.write(event)
+
+    async def ClearReuse(self, request: pb.ClearReuseRequest, context: Context) -> pb.ClearReuseResponse:  # noqa: N802
+        """Forget what is kept for reuse."""
+        return await self._predict.clear_reuse(request)
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class Caller:
     salt: str = field(default="", repr=False)
 
 
-ANONYMOUS = Caller(tenant="", scopes=frozenset({"generate", "admin"}))
+ANONYMOUS = Caller(tenant="", scopes=frozenset({"generate", "predict", "admin"}))
 """Everybody, where no keys are configured."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,13 +193,15 @@ def _identity(path: Path) -> tuple[int, int, int]:
         status = path.stat()
     except OSError:
         raise ModelLoadError(f"{path.name} can not be read") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelLoadError(f"{path.name} is not a plain file")
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_json(path: Path) -> Any:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelLoadError(f"{path.name} is too large")
+        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelLoadError(f"{path.name} is too large, or not a plain file")
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         raise ModelLoadError(f"{path.name} can not be read as JSON") from None

@@ -21,6 +21,7 @@ from server.engine.options import EngineOptions
 from server.process.memory import available_host_bytes
 from server.worker.checkpoint import WeightFile, check_config_files, hash_weights, read_weight_files
 from server.worker.errors import ModelLoadError
+from server.worker.placement import DTYPES, choose_device, num_elements, stored_dtype
 
 __all__ = ["BUILTIN_FOLDER", "LoadedModel", "load_model", "resolve_folder"]
 

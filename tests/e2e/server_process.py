@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvserve.v1 import generate_pb2_grpc
 
 START_TIMEOUT_S = 90.0
-SMALL = ("--num-blocks", "256", "--threads", "1", "--dtype", "float32")
+SMALL = ("--num-blocks", "256", "--threads", "1", "--dtype", "float32", "--predict", "off")
 
 
 class ServerProcess:
@@ -72,7 +72,15 @@ class ServerProcess:
 
     def engine(self) -> psutil.Process:
         """Return the engine's process."""
-        (child,) = psutil.Process(self.process.pid).children()
+        return self._child("server.engine_main")
+
+    def predict(self) -> psutil.Process:
+        """Return the predict process."""
+        return self._child("server.predict_main")
+
+    def _child(self, module: str) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        (child,) = [child for child in children if module in child.cmdline()]
         return child
 
     @property

@@ -21,14 +21,14 @@ from typing import Any
 
 import pytest
 
-from server.engine import process as process_module
-from server.engine.child import ChildLimits
 from server.engine.errors import EngineStartError
 from server.engine.interface import Engine, EngineState
 from server.engine.messages import Admitted, Failed, FailureKind, Finished, GenerateSpec, Refused, Tokens
 from server.engine.options import EngineOptions
 from server.engine.process import EngineProcess
 from server.engine.streams import EventStream
+from server.process import keeper
+from server.process.child import ChildLimits
 from tests.fakes import Poison, expected, spec_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,7 +302,7 @@ async def test_stopping_while_it_loads_ends_the_start():
 async def test_an_engine_that_cannot_start_again_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(process_module, "MAX_FAILED_STARTS", 2)
+    monkeypatch.setattr(keeper, "MAX_FAILED_STARTS", 2)
     fds = num_fds()
     engine = engine_of(f"fake:once:{tmp_path / 'marker'}")
     await engine.start()

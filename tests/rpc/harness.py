@@ -13,7 +13,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from kvserve.v1 import cache_admin_pb2_grpc, generate_pb2_grpc
+from kvserve.v1 import cache_admin_pb2_grpc, generate_pb2_grpc, predict_pb2_grpc
 from kvserve.v1 import generate_pb2 as pb
 from server.engine.admin_messages import AdminCall, AdminOp, AdminProgress, AdminResult, CacheEvents
 from server.engine.desk import Desk
@@ -21,6 +21,7 @@ from server.engine.fake import fake_ready
 from server.engine.interface import Engine, EngineState, ModelControl
 from server.engine.messages import Cancel, EngineReady, EngineStats, GenerateSpec, Submit, ToEngine
 from server.engine.streams import Event, EventStream
+from server.predict.interface import PredictBackend
 from server.rpc.auth import ApiKey, Authenticator
 from server.rpc.call import CallObserver
 from server.rpc.front_end import FrontEnd, FrontEndOptions
@@ -29,6 +30,7 @@ from server.rpc.listener import ListenOptions
 from server.rpc.model_files import load_model_files
 from server.rpc.tokenizer import ModelTokenizer
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics
+from server.telemetry.predict_metrics import PredictMetrics
 
 MODEL_NAME = "tiny"
 TOKENIZER = ModelTokenizer(load_model_files("builtin"))
@@ -110,6 +112,10 @@ class Server:
         return cache_admin_pb2_grpc.CacheAdminServiceStub(self.channel)
 
     @property
+    def predict(self) -> Any:
+        return predict_pb2_grpc.PredictServiceStub(self.channel)
+
+    @property
     def health(self) -> Any:
         return health_pb2_grpc.HealthStub(self.channel)
 
@@ -128,8 +134,9 @@ async def serving(
     observers: Sequence[CallObserver] = (),
     started: bool = True,
     model_control: ModelControl | None = None,
+    predict: PredictBackend | None = None,
 ) -> AsyncIterator[Server]:
-    """Run a front end around ``engine`` and connect to it."""
+    """Run a front end around ``engine`` and ``predict`` and connect to it."""
     if started:
         await engine.start()
     registry = CollectorRegistry()
@@ -143,6 +150,8 @@ async def serving(
         observer=metrics,
         call_observers=(metrics, *observers),
         model_control=model_control,
+        predict=predict,
+        predict_observer=PredictMetrics(registry),
     )
     port = await front_end.start()
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:

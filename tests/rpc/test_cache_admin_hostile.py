@@ -142,6 +142,11 @@ WITH_MODEL: dict[str, dict[str, Any]] = {
     "RestoreSnapshot": {"name": "ok"},
     "LoadModel": {},
     "UnloadModel": {},
+    # Of predict; their own rows are in test_predict_admin.
+    "SetModelAlias": {"alias": "canary", "version": "1"},
+    "GetReuse": {},
+    "WatchReuse": {},
+    "ClearReuse": {},
 }
 BAD_MODELS = ("../x", "/etc", "a\0b", "..%2f", "a b", "x" * 10_240, "a\u202e")
 

@@ -13,7 +13,7 @@ from server.engine.fake import fake_ready
 
 def lines_of(config: ServerConfig, **facts: object) -> list[str]:
     ready = msgspec.structs.replace(fake_ready(), **facts)
-    return [line for line in banner(config, ready) if not line.startswith(("model", "compute", "KV cache"))]
+    return [line for line in banner(config, ready, None) if not line.startswith(("model", "compute", "KV cache"))]
 
 
 def test_a_plain_start_names_its_policy_and_no_tiers() -> None:

@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 import kvserve
-from kvserve import _calls, testing
+from kvserve import _calls, _follow_aio, _follow_sync, testing
 from kvserve._errors import _BY_CODE
-from kvserve.v1 import cache_admin_pb2, generate_pb2
+from kvserve.v1 import cache_admin_pb2, generate_pb2, predict_pb2
 
 PUBLIC = [
     "Aborted",
@@ -22,7 +22,9 @@ PUBLIC = [
     "AsyncClient",
     "AsyncGenerateStream",
     "AsyncModels",
+    "AsyncPredictStream",
     "AsyncProgress",
+    "AsyncReuseWatch",
     "Cache",
     "CacheEvent",
     "CacheEventKind",
@@ -32,14 +34,19 @@ PUBLIC = [
     "CanaryInfo",
     "Cancelled",
     "ChatMessage",
+    "Classification",
     "Client",
     "ClientOptions",
     "DataLoss",
     "DeadlineExceeded",
     "Divergence",
+    "EmbedResult",
+    "Embedding",
     "Error",
     "EvictResult",
     "FailedPrecondition",
+    "FeaturePrediction",
+    "FeatureRows",
     "FieldViolation",
     "FinishReason",
     "GenerateEvent",
@@ -50,10 +57,12 @@ PUBLIC = [
     "HealthStatus",
     "Internal",
     "InvalidArgument",
+    "LabelScore",
     "LifetimeResult",
     "LoadProgress",
     "MisuseError",
     "ModelInfo",
+    "ModelList",
     "ModelState",
     "ModelStatus",
     "Models",
@@ -66,23 +75,44 @@ PUBLIC = [
     "PinStats",
     "PolicyInfo",
     "PolicyReport",
+    "PredictModelInfo",
+    "PredictOptions",
+    "PredictOutcome",
+    "PredictRequest",
+    "PredictResult",
+    "PredictStream",
+    "PredictTask",
+    "PredictTimings",
+    "Prediction",
     "PrefetchCounts",
     "PrefetchStats",
     "PrefixId",
     "PrefixInfo",
     "PrefixLookup",
     "Progress",
+    "Regression",
     "ResourceExhausted",
     "Restore",
     "RestoreDecision",
     "RetryPolicy",
     "Retryable",
+    "ReuseEvent",
+    "ReuseEventKind",
+    "ReuseKey",
+    "ReusePolicy",
+    "ReuseReport",
+    "ReuseRisk",
+    "ReuseWatch",
+    "RiskInterval",
     "Sample",
     "SnapshotProgress",
+    "TextInputs",
     "TierBlocks",
     "TierStats",
     "Timings",
     "Tls",
+    "TokenClassification",
+    "TokenLabel",
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",
@@ -99,7 +129,14 @@ PUBLIC = [
 
 def test_public_names_are_pinned():
     assert kvserve.__all__ == PUBLIC
-    assert testing.__all__ == ["AsyncMockTransport", "Handler", "MockTransport", "events"]
+    assert testing.__all__ == [
+        "AsyncMockTransport",
+        "Handler",
+        "MockTransport",
+        "classified",
+        "embedded",
+        "events",
+    ]
     for name in PUBLIC:
         assert hasattr(kvserve, name)
 
@@ -125,7 +162,9 @@ def test_both_clients_have_the_same_methods_and_arguments():
         (kvserve.AsyncCache, kvserve.Cache),
         (kvserve.AsyncCacheWatch, kvserve.CacheWatch),
         (kvserve.AsyncModels, kvserve.Models),
+        (kvserve.AsyncPredictStream, kvserve.PredictStream),
         (kvserve.AsyncProgress, kvserve.Progress),
+        (_follow_aio.AsyncWatch, _follow_sync.Watch),
     ):
 
         def methods(cls):
@@ -152,7 +191,7 @@ def test_methods_are_those_of_the_contract():
     known = {value.path for value in vars(_calls).values() if isinstance(value, _calls.Method)}
     paths = {
         f"/{service.full_name}/{method.name}"
-        for file in (generate_pb2.DESCRIPTOR, cache_admin_pb2.DESCRIPTOR)
+        for file in (generate_pb2.DESCRIPTOR, predict_pb2.DESCRIPTOR, cache_admin_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods
     }

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from server.engine.fake import FakeEngine
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics
+from server.telemetry.predict_metrics import PredictCollector, PredictMetrics
+from tests.unit.test_predict_metrics import full_backend
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SAMPLE_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
@@ -21,6 +23,8 @@ def known_samples():
     registry = CollectorRegistry()
     FrontEndMetrics(registry, model_name="m")
     registry.register(EngineCollector(FakeEngine(), model_name="m"))
+    PredictMetrics(registry)
+    registry.register(PredictCollector(full_backend()))
     names = {metric.name for metric in registry.collect()}
     return {name + suffix for name in names for suffix in SAMPLE_SUFFIXES}
 
@@ -28,6 +32,14 @@ def known_samples():
 async def test_the_dashboard_asks_for_metrics_that_exist():
     dashboard = json.loads((DEPLOY / "grafana/dashboards/kvserve.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"kvserve_\w+", expression)}
+    assert asked
+    assert asked <= known_samples()
+
+
+async def test_the_alerts_ask_for_metrics_that_exist():
+    rules = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
+    expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     asked = {name for expression in expressions for name in re.findall(r"kvserve_\w+", expression)}
     assert asked
     assert asked <= known_samples()

@@ -41,9 +41,8 @@ from server.engine.admin_messages import (
     Watch,
 )
 from server.engine.control import FromChild
-from server.engine.errors import EngineUnavailableError, FrameTooLargeError
+from server.engine.errors import EngineUnavailableError
 from server.engine.fake import FakeEngine
-from server.engine.frames import MAX_FRAME_BYTES, FrameDecoder, encode_frame
 from server.engine.local import LocalEngine
 from server.engine.loop import CHECK_INTERVAL_S, EngineLoop, EngineParts, Inbox, Stop
 from server.engine.messages import (
@@ -56,6 +55,8 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.options import EngineOptions
+from server.process.errors import FrameTooLargeError
+from server.process.frames import MAX_FRAME_BYTES, FrameDecoder, encode_frame
 from tests.fakes import FakeRunner, fake_parts, spec_of
 from tests.small_desk import SmallDesk, engine_with_desk, parts_with_desk
 

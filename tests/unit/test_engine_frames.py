@@ -7,10 +7,8 @@ import random
 import msgspec
 import pytest
 
-from server.engine.control import FromChild, Heartbeat, Start
-from server.engine.errors import FrameTooLargeError, MalformedFrameError
+from server.engine.control import FromChild, Start
 from server.engine.fake import fake_ready
-from server.engine.frames import FrameDecoder, encode_frame
 from server.engine.messages import (
     Admitted,
     Cancel,
@@ -29,6 +27,9 @@ from server.engine.messages import (
     Tokens,
 )
 from server.engine.options import EngineOptions
+from server.process.errors import FrameTooLargeError, MalformedFrameError
+from server.process.frames import FrameDecoder, encode_frame
+from server.process.messages import Heartbeat
 from tests.fakes import spec_of
 
 FROM_CHILD = [

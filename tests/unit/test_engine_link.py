@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 
-from server.engine.control import FromChild, Heartbeat, Start
-from server.engine.errors import FrameTooLargeError, LinkClosedError, LinkError, MalformedFrameError
-from server.engine.frames import FrameDecoder, encode_frame
-from server.engine.link import ChildLink, ParentLink, open_socket_pair
-from server.engine.messages import Cancel, Outputs, Submit, Tokens
+from server.engine.control import FromChild, Start
+from server.engine.messages import Cancel, Outputs, Submit, ToEngine, Tokens
 from server.engine.options import EngineOptions
 from server.engine.streams import StreamTable
+from server.process.errors import FrameTooLargeError, LinkClosedError, LinkError, MalformedFrameError
+from server.process.frames import FrameDecoder, encode_frame
+from server.process.link import ChildLink, ParentLink, open_socket_pair
+from server.process.messages import Heartbeat
 from tests.fakes import spec_of
+
+TO_CHILD = Start | ToEngine
 
 
 class Parent:
@@ -30,10 +33,10 @@ class Parent:
         self.messages: list[FromChild] = []
         self.errors: list[LinkError] = []
         self.heard = asyncio.Event()
-        self.link: ParentLink
+        self.link: ParentLink[FromChild]
 
     async def open(self, ours: socket.socket) -> Parent:
-        self.link = await ParentLink.over(ours, self.on_message, self.on_closed)
+        self.link = await ParentLink.over(ours, FromChild, self.on_message, self.on_closed)
         return self
 
     def on_message(self, message: FromChild) -> None:
@@ -58,7 +61,7 @@ def num_fds() -> int:
 async def test_messages_cross_both_ways_in_order_and_nothing_stays_open():
     before = num_fds()
     ours, theirs = open_socket_pair()
-    child, parent = ChildLink(theirs.detach()), await Parent().open(ours)
+    child, parent = ChildLink(theirs.detach(), TO_CHILD), await Parent().open(ours)
     sent: list[Start | Submit] = [
         Start(EngineOptions(model="builtin")),
         *(Submit(k, spec_of([k] * 100)) for k in range(500)),
@@ -89,7 +92,7 @@ async def test_messages_cross_both_ways_in_order_and_nothing_stays_open():
 
 async def test_sending_never_blocks_the_front_end_while_the_engine_does_not_read():
     ours, theirs = open_socket_pair()
-    child, parent = ChildLink(theirs.detach()), await Parent().open(ours)
+    child, parent = ChildLink(theirs.detach(), TO_CHILD), await Parent().open(ours)
     message = Submit(1, spec_of(list(range(10_000))))
     for _ in range(200):
         parent.link.send(message)
@@ -109,7 +112,7 @@ async def test_sending_never_blocks_the_front_end_while_the_engine_does_not_read
 
 async def test_a_message_too_large_is_refused_and_the_link_stays_usable(monkeypatch: pytest.MonkeyPatch):
     ours, theirs = open_socket_pair()
-    child, parent = ChildLink(theirs.detach()), await Parent().open(ours)
+    child, parent = ChildLink(theirs.detach(), TO_CHILD), await Parent().open(ours)
     huge = Submit(1, spec_of([1 << 40] * 8_000_000))
     with pytest.raises(FrameTooLargeError):
         parent.link.send(huge)
@@ -148,7 +151,7 @@ def test_bad_frames_from_the_front_end_are_typed_errors():
         (b"\x00\x00\x00\x02hi", MalformedFrameError),
     ):
         ours, theirs = open_socket_pair()
-        child = ChildLink(theirs.detach())
+        child = ChildLink(theirs.detach(), TO_CHILD)
         with ours:
             ours.sendall(data)
             with pytest.raises(error):
@@ -158,7 +161,7 @@ def test_bad_frames_from_the_front_end_are_typed_errors():
 
 def test_the_engine_gives_up_on_a_front_end_that_does_not_read():
     ours, theirs = open_socket_pair()
-    child = ChildLink(theirs.detach(), send_timeout_s=0.2)
+    child = ChildLink(theirs.detach(), TO_CHILD, send_timeout_s=0.2)
     started = time.monotonic()
 
     def send_for_ever() -> None:
@@ -175,7 +178,7 @@ def test_the_engine_gives_up_on_a_front_end_that_does_not_read():
 
 def test_closing_wakes_the_reader():
     ours, theirs = open_socket_pair()
-    child = ChildLink(theirs.detach())
+    child = ChildLink(theirs.detach(), TO_CHILD)
     errors: list[LinkError] = []
 
     def read() -> None:
@@ -197,7 +200,7 @@ def test_neither_end_is_inherited():
     ours, theirs = open_socket_pair()
     fd = theirs.detach()
     os.set_inheritable(fd, True)
-    child = ChildLink(fd)
+    child = ChildLink(fd, TO_CHILD)
     assert not os.get_inheritable(fd)
     assert not ours.get_inheritable()
     child.close()

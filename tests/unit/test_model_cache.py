@@ -58,7 +58,7 @@ class SizedLoader:
     embedders: list[PredictModel | None] = field(default_factory=list)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def size(self, spec: ModelSpec) -> int | None:
+    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
         return self.sizes[spec.name]
 
     def load(

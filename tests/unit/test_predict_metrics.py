@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry
 
 from server.predict.interface import PredictState
@@ -27,6 +29,12 @@ class Backend:
         self.stats = stats
         self.state = state
         self.num_restarts = 2
+
+
+def full_backend() -> Any:
+    """Return a backend that has something of everything to show."""
+    policy = PolicyReport(name="main", traffic_share=1.0, risk=RISK)
+    return Backend(PredictStats(models=(ModelStats(name="m", version="1", policies=(policy,)),)))
 
 
 def registry_of(backend: Backend) -> CollectorRegistry:

@@ -159,3 +159,52 @@ def test_every_limit_that_is_allowed_can_fire():
         for _ in range(1000):
             meter.observe("a", 1.0, 2.0, None)
         assert [alarm.key for alarm in alarms] == ["a", None]
+
+
+def chernoff(limit=0.01, **more):
+    return RiskMeter(
+        RiskBudget(max_changed=limit), confidence=0.999, share_interval="chernoff", half_life=1e9, **more
+    )
+
+
+def test_with_chernoffs_interval_one_change_in_one_comparison_proves_nothing():
+    meter, hasty = chernoff(), RiskMeter(RiskBudget(max_changed=0.01), confidence=0.999)
+    for each in (meter, hasty):
+        each.observe("a", 1.0, 0.0, True)
+    assert hasty.is_over_budget("a")
+    assert not meter.is_over_budget("a")
+    meter.observe("a", 1.0, 0.0, True)
+    assert meter.is_over_budget("a")  # two of two: one chance in ten thousand
+
+
+def test_with_chernoffs_interval_what_is_safe_takes_as_many_clean_comparisons_as_the_power_says():
+    meter = chernoff(0.05)
+    needed = math.ceil(math.log(0.001) / math.log(0.95))
+    feed(meter, needed - 1, share=0.0, seed=1)
+    assert not meter.is_proven_safe("a")
+    feed(meter, 1, share=0.0, seed=1)
+    assert meter.is_proven_safe("a")
+
+
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.5, 0.99])
+def test_chernoffs_interval_covers_the_truth_for_every_number_of_comparisons(share):
+    outside = 0
+    for seed in range(200):
+        meter = chernoff()
+        feed(meter, 1 + seed, share=share, seed=seed)
+        interval = meter.estimate("a").changed
+        assert 0 <= interval.lower <= interval.estimate <= interval.upper <= 1
+        outside += not interval.lower <= share <= interval.upper
+    assert outside <= 2  # of 200, at one in a thousand for each end
+
+
+def test_a_recovery_is_told_once_for_each_alarm():
+    alarms, recoveries = [], []
+    meter = RiskMeter(
+        RiskBudget(max_changed=0.1), half_life=50, on_alarm=alarms.append, on_recovery=recoveries.append
+    )
+    feed(meter, 500, share=0.5, seed=1)
+    assert recoveries == []
+    feed(meter, 500, share=0.0, seed=1)
+    assert [each.key for each in recoveries] == [each.key for each in alarms] == ["a", None]
+    assert all(each.interval.estimate <= each.limit for each in recoveries)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.v1 import generate_pb2 as pb
-from server.rpc.wire import find_overflow
+from kvserve.v1 import predict_pb2
+from server.rpc.wire import MAX_MESSAGES, find_flood, find_overflow
 
 
 def varint(value: int) -> bytes:
@@ -39,3 +40,29 @@ def test_single_values(value: int, unknown: bytes) -> None:
 def test_other_orders_and_written_defaults_are_fine() -> None:
     raw = b"\x2a\x02\x10\x00" + b"\x12\x02hi"
     assert find_overflow(pb.GenerateRequest.FromString(raw), raw) is None
+
+
+def test_sub_messages_are_counted_at_every_depth() -> None:
+    rows = predict_pb2.FeatureRows(rows=[{}] * (MAX_MESSAGES - 1)).SerializeToString()
+    most = b"\x22" + varint(len(rows)) + rows  # with `features` itself as many as may be
+    descriptor = predict_pb2.PredictRequest.DESCRIPTOR
+    assert find_flood(descriptor, most) is None
+    assert find_flood(descriptor, most + b"\x2a\x00") == "options"
+    assert find_flood(descriptor, most + b"\x22\x02\x0a\x00") == "features"
+    more = rows + b"\x0a\x00"
+    assert find_flood(descriptor, b"\x22" + varint(len(more)) + more) == "features.rows"
+
+
+def test_what_is_no_sub_message_is_no_flood() -> None:
+    long = predict_pb2.FeatureRow(values=[1.0] * 500_000).SerializeToString()
+    assert find_flood(predict_pb2.FeatureRow.DESCRIPTOR, long) is None
+    unknown = (b"\xfa\x3e\x00" + b"\xf8\x3e\x01" + b"\xf9\x3e" + bytes(8)) * 50_000
+    assert find_flood(pb.GenerateRequest.DESCRIPTOR, unknown) is None
+    assert find_flood(pb.GenerateRequest.DESCRIPTOR, b"\xff" * 200_000) is None
+    assert find_flood(pb.GenerateRequest.DESCRIPTOR, b"\x2a\xff\xff\xff\x7f" + bytes(200_000)) is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.binary(min_size=20, max_size=200))
+def test_no_bytes_make_counting_fail(raw: bytes) -> None:
+    find_flood(predict_pb2.PredictRequest.DESCRIPTOR, raw * (2 * MAX_MESSAGES // len(raw) + 1))

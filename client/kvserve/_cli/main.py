@@ -12,19 +12,21 @@ import sys
 from collections.abc import Sequence
 
 import kvserve
-from kvserve._cli import cache, chat, generate, inspect, models
+from kvserve._cli import cache, chat, generate, inspect, models, predict
 from kvserve._cli.exits import EXIT_INTERRUPTED, EXIT_USAGE, EXITS_HELP, exit_code_of
 from kvserve._cli.output import complain, describe_error
+from kvserve._cli.parsers import CommandParser
 from kvserve._cli.units import seconds
 from kvserve._config import DEFAULT_TARGET
 
 __all__ = ["main"]
 
-_DESCRIPTION = "Talk to a kvserve server: generate text, chat, look at its models, see and steer its cache."
+_DESCRIPTION = "Talk to a kvserve server: generate, chat, predict; see and steer its models and its cache."
 _EPILOG = f"""\
 examples:
   kvctl generate "Once upon a time" --max-new-tokens 64 --stats
   kvctl chat --system "You explain Python's standard library." --stats
+  kvctl predict sentiment "What a day."
   kvctl cache top
   kvctl --target models.internal:50051 health
 
@@ -85,8 +87,10 @@ def _make_parser() -> argparse.ArgumentParser:
     # The same options again, for after the subcommand. Suppressed defaults keep one from undoing the other.
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_common(common)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, inspect, cache, models):
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
+    for command in (generate, chat, predict, inspect, cache, models):
         command.add_parser(subparsers, common)
     return parser
 

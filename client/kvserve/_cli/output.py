@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -123,6 +124,8 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, array):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return value

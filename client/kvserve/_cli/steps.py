@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 from kvserve._cache_streams import Step
-from kvserve._cache_sync import Progress
 from kvserve._cli.output import write_json
+from kvserve._follow_sync import Progress
 
 __all__ = ["follow"]
 

@@ -1,11 +1,11 @@
-"""One engine process as the front end sees it, from spawn to grave. One life: not restarted here.
+"""One process as the front end sees it, from spawn to grave. One life: not restarted here.
 
 How its end is noticed, whichever comes first:
 
 - the link ends, at once: the kernel closes it with the process;
 - the process has exited, within ``TICK_S``: should something else keep the link open;
 - no sign of life for ``silence_s``: stopped, starved, or stuck while holding the interpreter;
-- one turn of its loop takes longer than ``watchdog_s``: stuck in a step;
+- one turn of its work takes longer than ``watchdog_s``: stuck in it;
 - it says something that is no message, or announces its own end (``Fault``).
 """
 
@@ -20,16 +20,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from server.engine.admin_messages import AdminProgress, AdminReply, CacheEvents
-from server.engine.control import Fault, FromChild, Heartbeat, Start
-from server.engine.errors import EngineStartError, LinkError
-from server.engine.link import ParentLink, open_socket_pair
-from server.engine.messages import EngineReady, EngineStats, Outputs, ToEngine
-from server.engine.streams import Event
+import msgspec
 
-__all__ = ["ChildLimits", "EngineChild"]
+from server.process.errors import LinkError, ProcessStartError
+from server.process.link import ParentLink, open_socket_pair
+from server.process.messages import Fault, Heartbeat
+
+__all__ = ["Child", "ChildLimits", "Program"]
 
 log = logging.getLogger(__name__)
 
@@ -39,43 +38,59 @@ REAP_S = 10.0
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 
+SaidT = TypeVar("SaidT")
+ReadyT = TypeVar("ReadyT")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildLimits:
-    """How long an engine process may be silent. Seconds."""
+    """How long a process may be silent. Seconds."""
 
     watchdog_s: float = 60.0
-    """One step; generous, because a large prefill on a slow machine is no fault."""
+    """One turn, a step or a batch; generous, because a large one on a slow machine is no fault."""
     silence_s: float = 5.0
-    """Without any message. Counts once the model is loaded: loading may hold the interpreter."""
+    """Without any message. Counts once it is ready: loading a model may hold the interpreter."""
     start_s: float = 600.0
     """From spawn to ready."""
     heartbeat_s: float = 0.5
 
 
-class EngineChild:
-    """A running engine process. Lives on the event loop; owns the process and the link to it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program(Generic[ReadyT]):
+    """What to run in the process, and what it says."""
+
+    name: str
+    """For logs: "engine"."""
+    module: str
+    """Run as ``python -m module --fd N``."""
+    start: msgspec.Struct
+    """The first message to it; as ``messages.StartMessage``."""
+    messages: Any
+    """Union of all that it sends, ``Heartbeat`` and ``Fault`` among it."""
+    ready_type: type[ReadyT]
+    """The one of them that says that it is ready."""
+    start_error: type[ProcessStartError]
+
+
+class Child(Generic[SaidT, ReadyT]):
+    """A running process. Lives on the event loop; owns the process and the link to it."""
 
     def __init__(
-        self,
-        *,
-        on_events: Callable[[list[Event]], None],
-        on_stats: Callable[[EngineStats], None],
-        on_admin: Callable[[AdminReply | AdminProgress | CacheEvents], None],
-        limits: ChildLimits,
+        self, program: Program[ReadyT], *, on_message: Callable[[SaidT], None], limits: ChildLimits
     ) -> None:
+        """``on_message`` gets what it says, but for signs of life, its first ready message, and faults."""
         loop = asyncio.get_running_loop()
-        self._on_events = on_events
-        self._on_stats = on_stats
-        self._on_admin = on_admin
+        self._program = program
+        self._on_said = on_message
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
-        self._link: ParentLink | None = None
+        self._link: ParentLink[Any] | None = None
         self._tick: asyncio.TimerHandle | None = None
         self._silent_ticks = 0
-        self._ready: asyncio.Future[EngineReady] = loop.create_future()
+        self._ready: asyncio.Future[ReadyT] = loop.create_future()
         self._fault: Fault | None = None
-        self.num_failed_steps = 0
+        self.num_failed = 0
+        """Turns that came to nothing, as it says itself."""
         self.lost: asyncio.Future[str] = loop.create_future()
         """Done as soon as the process is known to be gone or no good, with the reason for the log."""
 
@@ -88,14 +103,14 @@ class EngineChild:
     def num_unsent_bytes(self) -> int:
         return 0 if self._link is None else self._link.num_unsent_bytes
 
-    async def start(self, module: str, start: Start) -> EngineReady:
-        """Spawn ``python -m module`` and wait until its model is loaded.
+    async def start(self) -> ReadyT:
+        """Spawn it and wait until it is ready.
 
-        Raises ``EngineStartError``; then, and when cancelled, nothing is left behind.
+        Raises the program's start error; then, and when cancelled, nothing is left behind.
         """
         try:
-            await self._spawn(module)
-            self.send(start)
+            await self._spawn()
+            self.send(self._program.start)
             either: set[asyncio.Future[Any]] = {self._ready, self.lost}
             await asyncio.wait(either, timeout=self._limits.start_s, return_when=asyncio.FIRST_COMPLETED)
             if self._ready.done():
@@ -108,14 +123,24 @@ class EngineChild:
             raise
         # An orderly end shows in the exit status.
         exit_text = await self.end(grace_s=1.0)
-        if self._fault is not None:
-            raise EngineStartError(self._fault.reason, kind=self._fault.kind, detail=self._fault.detail)
-        raise EngineStartError(f"the engine process ended while loading the model: {cause}; {exit_text}")
+        raise self.start_error(f"the {self._program.name} process ended while starting: {cause}; {exit_text}")
 
-    def send(self, message: Start | ToEngine) -> None:
+    def start_error(self, reason: str) -> ProcessStartError:
+        """Return why it does not start: in its own words if it has said any, else ``reason``."""
+        fault = self._fault
+        if fault is not None:
+            return self._program.start_error(fault.reason, kind=fault.kind, detail=fault.detail)
+        return self._program.start_error(reason)
+
+    def send(self, message: msgspec.Struct) -> None:
         """Send without blocking; nothing once the process is gone. Raises ``FrameTooLargeError``."""
         if self._link is not None:
             self._link.send(message)
+
+    def hang_up(self) -> None:
+        """Ask it to end: say that nothing more will be sent."""
+        if self._link is not None:
+            self._link.hang_up()
 
     async def end(self, *, grace_s: float = 0.0) -> str:
         """Let the process end by itself for ``grace_s``, then kill and reap it, and close the link.
@@ -138,11 +163,11 @@ class EngineChild:
         if process is None:
             return "it was never started"
         if not await _wait_for_exit(process, REAP_S):
-            log.error("engine process %d was killed but does not go", process.pid)
+            log.error("%s process %d was killed but does not go", self._program.name, process.pid)
             return "it does not go"
         return _describe_exit(process.returncode)
 
-    async def _spawn(self, module: str) -> None:
+    async def _spawn(self) -> None:
         ours, theirs = open_socket_pair()
         with theirs:
             try:
@@ -153,7 +178,7 @@ class EngineChild:
                         sys.executable,
                         "-P",
                         *["-O"] * min(sys.flags.optimize, 2),
-                        *["-m", module, "--fd", str(theirs.fileno())],
+                        *["-m", self._program.module, "--fd", str(theirs.fileno())],
                     ],
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
@@ -164,29 +189,24 @@ class EngineChild:
             except BaseException:
                 ours.close()
                 raise
-        self._link = await ParentLink.over(ours, self._on_message, self._on_closed)
+        self._link = await ParentLink.over(ours, self._program.messages, self._on_message, self._on_closed)
         self._tick = asyncio.get_running_loop().call_later(TICK_S, self._on_tick)
 
-    def _on_message(self, message: FromChild) -> None:
+    def _on_message(self, message: Any) -> None:
         self._silent_ticks = 0
         match message:
-            case Outputs():
-                self._on_events(message.events)
             case Heartbeat():
-                self.num_failed_steps = message.num_failed_steps
+                self.num_failed = message.num_failed
                 if message.turn_s > self._limits.watchdog_s:
-                    self._give_up(f"stuck in one step for {message.turn_s:.0f} s")
-            case EngineStats():
-                self._on_stats(message)
-            case AdminReply() | AdminProgress() | CacheEvents():
-                self._on_admin(message)
-            case EngineReady():
-                if not self._ready.done():
-                    self._ready.set_result(message)
+                    self._give_up(f"stuck in one turn for {message.turn_s:.0f} s")
             case Fault():
                 self._fault = message
                 if message.detail is not None:
-                    log.error("engine process %d: %s", self.pid, message.detail)
+                    log.error("%s process %d: %s", self._program.name, self.pid, message.detail)
+            case self._program.ready_type() if not self._ready.done():
+                self._ready.set_result(message)
+            case _:
+                self._on_said(message)
 
     def _on_closed(self, error: LinkError) -> None:
         if self._fault is not None:
@@ -220,6 +240,8 @@ def _environment() -> dict[str, str]:
     return os.environ | {
         # Spinning OpenMP threads would take the cores that the front end needs.
         "OMP_WAIT_POLICY": "passive",
+        # So would numpy's; what it multiplies here is small. torch's threads are not its.
+        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": _ROOT if not path else f"{_ROOT}{os.pathsep}{path}",
     }

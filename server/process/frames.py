@@ -14,25 +14,37 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from server.engine.errors import FrameTooLargeError, MalformedFrameError
+from server.process.errors import FrameTooLargeError, MalformedFrameError
 
-__all__ = ["MAX_FRAME_BYTES", "FrameDecoder", "encode_frame"]
+__all__ = ["MAX_FRAME_BYTES", "FrameDecoder", "append_frame", "encode_frame"]
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """No honest message comes near: a prompt is limited by the RPC's 4 MiB, a step by its sequences."""
 
 _HEADER_BYTES = 4
-_encode = msgspec.msgpack.Encoder().encode
+_HEADER = bytes(_HEADER_BYTES)
+_encode_into = msgspec.msgpack.Encoder().encode_into
 
 MessageT = TypeVar("MessageT")
 
 
+def append_frame(message: msgspec.Struct, buffer: bytearray, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
+    """Append ``message`` to ``buffer`` as one frame; raise ``FrameTooLargeError`` and leave it as it was."""
+    start = len(buffer)
+    buffer += _HEADER
+    _encode_into(message, buffer, start + _HEADER_BYTES)
+    size = len(buffer) - start - _HEADER_BYTES
+    if size > max_bytes:
+        del buffer[start:]
+        raise FrameTooLargeError(f"a message of {size} bytes exceeds the link's {max_bytes}")
+    buffer[start : start + _HEADER_BYTES] = size.to_bytes(_HEADER_BYTES, "big")
+
+
 def encode_frame(message: msgspec.Struct, *, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     """Return ``message`` as one frame. Raises ``FrameTooLargeError``."""
-    payload = _encode(message)
-    if len(payload) > max_bytes:
-        raise FrameTooLargeError(f"a message of {len(payload)} bytes exceeds the link's {max_bytes}")
-    return len(payload).to_bytes(_HEADER_BYTES, "big") + payload
+    buffer = bytearray()
+    append_frame(message, buffer, max_bytes=max_bytes)
+    return bytes(buffer)
 
 
 class FrameDecoder(Generic[MessageT]):

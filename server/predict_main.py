@@ -1,0 +1,157 @@
+"""Composition root of the predict process: ``python -m server.predict_main --fd N``.
+
+The only module that knows the host, the sources, reuse and the models' code. Started by
+``server.predict.process``. Torch is imported beside the start where text models are configured, else with the
+first of them: a process that serves none stays small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvcore.clock import Clock
+from server.predict.errors import ModelRefusedError
+from server.predict.messages import ReuseEvent
+from server.predict.model import LoadProgress, PredictModel
+from server.predict.options import ModelSpec, PredictOptions
+from server.predict.serve import Outbox, serve
+from server.process.memory import available_host_bytes
+
+if TYPE_CHECKING:
+    from server.predict.host import PredictHost
+    from server.predict.sources import SourceFolder
+
+__all__ = ["Loader", "build", "main"]
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Makes models of any kind: a ``ModelLoader``. Any loader thread."""
+
+    def __init__(self, options: PredictOptions, *, clock: Clock) -> None:
+        from server.predict.sources import Sources
+
+        self._options = options
+        self._clock = clock
+        self._sources = Sources(model_root=options.model_root, mlflow_uri=options.mlflow_uri)
+        self._checked: dict[tuple[str, str], SourceFolder] = {}
+        """Found and checked for ``size``, to be loaded next: a folder's digests are computed once."""
+        self._torch_lock = threading.Lock()
+        self._torch_is_ready = False
+
+    def warm_up(self) -> None:
+        """Import what text models need, so that the first of them does not wait for it."""
+        self._prepare_torch()
+        import server.worker.predict  # noqa: F401 - for its imports
+
+    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
+        if spec.source is None:
+            return None
+        found = self._sources.resolve(spec, on_progress=on_progress)
+        self._prepare_torch()
+        from server.worker.predict import text_model_bytes
+
+        num_bytes = text_model_bytes(found.folder, root=found.root, spec=spec)
+        self._checked[spec.name, spec.version] = found
+        return num_bytes
+
+    def load(
+        self,
+        spec: ModelSpec,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        if spec.features is not None:
+            from server.predict.reuse import build_feature_model
+
+            return build_feature_model(spec, clock=self._clock, on_event=on_reuse_event)
+        model = self._load_text_model(spec, on_progress)
+        if spec.semantic is None:
+            return model
+        from server.predict.reuse import SemanticModel
+
+        try:
+            if embedder is None:
+                raise ModelRefusedError("the embedder of the semantic cache is not there")
+            return SemanticModel(model, embedder, spec.semantic, clock=self._clock, on_event=on_reuse_event)
+        except BaseException:
+            model.close()
+            raise
+
+    def _load_text_model(self, spec: ModelSpec, on_progress: LoadProgress) -> PredictModel:
+        found = self._checked.pop((spec.name, spec.version), None)
+        if found is None:
+            found = self._sources.resolve(spec, on_progress=on_progress)
+        self._prepare_torch()
+        from server.worker.predict import load_text_model
+
+        for note in found.notes:
+            log.info("model %s version %s: %s", spec.name, spec.version, note)
+        model = load_text_model(
+            found.folder, root=found.root, spec=spec, device=self._options.device, on_progress=on_progress
+        )
+        try:
+            found.check_unchanged()
+        except BaseException:
+            model.close()
+            raise
+        return model
+
+    def _prepare_torch(self) -> None:
+        """Import torch and give it its threads, once."""
+        with self._torch_lock:
+            if self._torch_is_ready:
+                return
+            import torch
+
+            # Counts for every thread that has not used torch yet, the compute thread among them.
+            torch.set_num_threads(_num_threads(self._options))
+            self._torch_is_ready = True
+
+
+def build(options: PredictOptions, clock: Clock, outbox: Outbox) -> PredictHost:
+    """Put the host together; nothing is loaded or started. Raises ``ModelRefusedError``."""
+    # Late, so that the process listens to its front end at once.
+    from server.predict.host import PredictHost
+
+    if options.memory_bytes is None:
+        options = msgspec.structs.replace(options, memory_bytes=available_host_bytes() // 2)
+    loader = Loader(options, clock=clock)
+    if options.model_root is not None or any(spec.source is not None for spec in options.models):
+        threading.Thread(target=loader.warm_up, name="warm-up", daemon=True).start()
+    return PredictHost(options, loader, clock=clock, send=outbox.send, send_all=outbox.send_all)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the predict process; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="server.predict_main", description="The predict process of kvserve."
+    )
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front end")
+    return serve(parser.parse_args(argv).fd, build)
+
+
+def _num_threads(options: PredictOptions) -> int:
+    """Return the threads for computing: as wanted, or one less than the cores, which is the front end's."""
+    if options.num_threads is not None:
+        return max(1, options.num_threads)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    return max(1, cores - 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

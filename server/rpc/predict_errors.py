@@ -1,0 +1,112 @@
+"""From the errors of predict to those of calls, with the fields of the request that was sent.
+
+Where a model does something else than the call asks for, ``model`` is at fault: INVALID_ARGUMENT, as other
+servers of models answer (nothing about the server's state would have to change for it to work, so it is no
+FAILED_PRECONDITION).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+import grpc
+
+from kvserve.v1 import predict_pb2 as pb
+from server.predict.errors import (
+    ComputeError,
+    ExpiredError,
+    InputError,
+    ModelInUseError,
+    ModelRefusedError,
+    ModelTooLargeError,
+    ModelUnloadedError,
+    OverloadedError,
+    PredictError,
+    PredictLostError,
+    UnknownModelError,
+    WrongTaskError,
+)
+from server.rpc.errors import (
+    CallError,
+    DeadlinePassed,
+    InternalError,
+    InvalidArgument,
+    ModelBusy,
+    ModelNotFound,
+    ModelNotLoaded,
+    QueueFull,
+    Unavailable,
+)
+
+__all__ = ["ModelRefused", "ModelTooLarge", "error_from_predict", "error_message", "internal_error"]
+
+_log = logging.getLogger(__name__)
+RETRY_AFTER_S = 1.0
+"""Where it is worth trying again and nobody knows when."""
+
+
+class ModelRefused(CallError):
+    """The model cannot be loaded as it is: its files, its source, its configuration."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_REFUSED"
+
+
+class ModelTooLarge(CallError):
+    """There is no room for the model. No time to try again is given: it does not fit by itself."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "MODEL_TOO_LARGE"
+
+
+def error_from_predict(error: PredictError, *, inputs: str = "", item: str = "") -> CallError:
+    """Return the call's error. ``inputs`` is the field with all inputs, ``item`` the repeated one of them."""
+    retry_after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+    match error:
+        case InputError():
+            return InvalidArgument.of(_field_of(error, inputs, item), error.reason)
+        case WrongTaskError():
+            return InvalidArgument.of("model", error.reason)
+        case UnknownModelError():
+            return ModelNotFound(error.reason)
+        case ModelRefusedError():
+            return ModelRefused(error.reason)
+        case ModelTooLargeError():
+            return ModelTooLarge(error.reason)
+        case ModelInUseError():
+            return ModelBusy(error.reason)
+        case ModelUnloadedError():
+            return ModelNotLoaded(error.reason)
+        case OverloadedError():
+            return QueueFull(error.reason, retry_after_s=retry_after_s)
+        case PredictLostError():
+            return Unavailable(error.reason, reason="PREDICT_LOST", retry_after_s=retry_after_s)
+        case ExpiredError():
+            return DeadlinePassed(error.reason)
+        case ComputeError():
+            return InternalError(error.reason, reason="NUMERICAL")
+    return internal_error(error)
+
+
+def internal_error(error: Exception, *, request_id: str = "") -> InternalError:
+    """Log what nobody expected; return what the client is told of it: a reference to the log."""
+    reference = request_id or secrets.token_hex(8)
+    _log.error("predict failed", exc_info=error, extra={"request_id": reference})
+    return InternalError(f"internal error; reference {reference}")
+
+
+def error_message(error: CallError) -> pb.PredictError:
+    """Return an error as a message of a stream that goes on."""
+    return pb.PredictError(
+        code=error.code.value[0],
+        message=error.message,
+        reason=error.reason,
+        field=error.violations[0].field if error.violations else "",
+        retry_after_s=error.retry_after_s or 0.0,
+    )
+
+
+def _field_of(error: InputError, inputs: str, item: str) -> str:
+    path = inputs if error.index is None else f"{item}[{error.index}]"
+    return f"{path}.{error.part}" if error.part and error.index is not None else path
