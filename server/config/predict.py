@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,5 +71,5 @@ def _located(spec: ModelSpec, model_root: Path | None) -> ModelSpec:
     if source is None or source.startswith(("hf:", "models:")):
         return spec
     if source.startswith(("/", "./", "../", "~")) or source in (".", "..") or model_root is None:
-        return msgspec.structs.replace(spec, source=str(Path(source).expanduser().absolute()))
+        return msgspec.structs.replace(spec, source=os.path.abspath(Path(source).expanduser()))
     return spec

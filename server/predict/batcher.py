@@ -27,16 +27,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from server.predict.batch import Batch, BatchCounters, Turn
 from server.predict.cost import CostModel
 from server.predict.deadlines import Deadlines
 from server.predict.errors import OverloadedError
 from server.predict.holding import RESOLUTION_S, Arrivals
-from server.predict.waiting import Ring, Share, WaitingCall
+from server.predict.waiting import Ring, WaitingCall
 
-__all__ = ["Batch", "BatchCounters", "Batcher", "Turn"]
+__all__ = ["Batcher"]
 
 MAX_IDLE_MODELS = 256
 """Of so many models without work what was learned is kept."""
@@ -44,45 +44,6 @@ UNKNOWN_RETRY_S = 1.0
 MIN_RETRY_S, MAX_RETRY_S = 0.05, 60.0
 
 KeyT = TypeVar("KeyT", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch(Generic[KeyT]):
-    """Inputs of one model to be computed together."""
-
-    model: Hashable
-    shares: tuple[Share[KeyT], ...]
-    """A call may have two."""
-    num_inputs: int
-    num_tokens: int
-    num_padding_tokens: int
-    """Computed for nothing, if every input is padded to the longest: an upper bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn(Generic[KeyT]):
-    """What to do now."""
-
-    batch: Batch[KeyT] | None
-    expired: Sequence[KeyT]
-    """Calls that were dropped since their deadline has come."""
-    look_again_s: float | None = None
-    """Without a batch: when there is one even if no call comes; None: not before one comes."""
-
-
-@dataclass(slots=True)
-class BatchCounters:
-    """Inputs. Added ones are taken, dropped, or still wait."""
-
-    num_added: int = 0
-    num_taken: int = 0
-    num_expired: int = 0
-    num_cancelled: int = 0
-    num_refused: int = 0
-    """Never added."""
-    num_batches: int = 0
-    num_held_batches: int = 0
-    held_s: float = 0.0
 
 
 class _Queue(Generic[KeyT]):

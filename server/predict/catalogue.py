@@ -128,7 +128,7 @@ class Catalogue:
         self._num_entries = 0
         self._scanned = -SCAN_INTERVAL_S
         for spec in options.models:
-            self._put(_entry(spec))
+            self._put(_configured(spec))
             if spec.canary is not None:
                 self._models[spec.name].aliases[CANARY] = _Alias(spec.version, spec.canary)
                 self._models[spec.name].changed()
@@ -278,6 +278,14 @@ def version_order(version: str) -> tuple[tuple[int, int, str], ...]:
 
 def _entry(spec: ModelSpec) -> CatalogueEntry:
     return CatalogueEntry(spec, "features" if spec.source is None else source_kind(spec.source))
+
+
+def _configured(spec: ModelSpec) -> CatalogueEntry:
+    try:
+        return _entry(spec)
+    except ModelRefusedError as error:
+        # One of many lines of a file: say which.
+        raise ModelRefusedError(f"model {spec.name!r} version {spec.version!r}: {error.reason}") from error
 
 
 def _next_version(model: _Model | None) -> str:

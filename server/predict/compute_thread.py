@@ -6,7 +6,7 @@ import logging
 import threading
 
 from kvcore.clock import Clock
-from server.predict.batcher import Batch
+from server.predict.batch import Batch
 from server.predict.calls import OpenCall
 from server.predict.computing import Culprit, compute_groups
 from server.predict.desk import EXPIRED_REASON, CallDesk

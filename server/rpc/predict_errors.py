@@ -108,5 +108,7 @@ def error_message(error: CallError) -> pb.PredictError:
 
 
 def _field_of(error: InputError, inputs: str, item: str) -> str:
-    path = inputs if error.index is None else f"{item}[{error.index}]"
-    return f"{path}.{error.part}" if error.part and error.index is not None else path
+    if error.index is None:
+        return inputs or error.part  # of an operation on a model, which has no inputs
+    path = f"{item}[{error.index}]"
+    return f"{path}.{error.part}" if error.part else path

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 
 from kvserve.v1 import predict_pb2 as pb
 from server.predict.messages import Inputs, Task, TextItem
 from server.rpc.validation import Violations
+from server.rpc.wire import varint
 
 __all__ = ["PredictAsk", "read_embed", "read_model_request", "read_predict"]
 
@@ -27,8 +28,7 @@ _PACKED_FIELD_1 = b"\x0a"
 _FLOAT = np.dtype("<f4")
 
 
-@dataclass(frozen=True, slots=True)
-class PredictAsk:
+class PredictAsk(msgspec.Struct, frozen=True, kw_only=True):
     """A call's inputs and what is to be done with them, all valid by themselves."""
 
     model: str
@@ -174,8 +174,8 @@ def _rows_of_wire(features: pb.FeatureRows, num_rows: int, width: int) -> bytes 
 
 @lru_cache
 def _header_of_row(width: int) -> bytes:
-    inside = _PACKED_FIELD_1 + _varint(4 * width)
-    return _PACKED_FIELD_1 + _varint(len(inside) + 4 * width) + inside
+    inside = _PACKED_FIELD_1 + varint(4 * width)
+    return _PACKED_FIELD_1 + varint(len(inside) + 4 * width) + inside
 
 
 def _rows_one_by_one(rows: Sequence[pb.FeatureRow], width: int, violations: Violations) -> bytes | None:
@@ -188,12 +188,3 @@ def _rows_one_by_one(rows: Sequence[pb.FeatureRow], width: int, violations: Viol
             )
             return None
     return b"".join(np.array(row.values, _FLOAT).tobytes() for row in rows)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

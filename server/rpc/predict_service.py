@@ -4,15 +4,12 @@
 
     validate, every field --> PredictBackend.predict --> what the version that answered means --> answer
 
-Nothing is kept here between calls but the ids of running ones: which models there are, and what their numbers
-mean, the backend knows.
+Which models there are, and what their numbers mean, the backend knows; it is asked with every call.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,9 +18,9 @@ from grpc import aio
 
 from kvserve.v1 import predict_pb2 as pb
 from kvserve.v1 import predict_pb2_grpc
-from server.predict.errors import PredictError
+from server.predict.errors import PredictError, PredictLostError
 from server.predict.interface import PredictBackend
-from server.predict.messages import CallStats, PredictAnswer, Task
+from server.predict.messages import CallStats, ModelInfo, PredictAnswer, Task
 from server.rpc import predict_convert as convert
 from server.rpc.call import Call, current_call
 from server.rpc.errors import (
@@ -90,6 +87,8 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         self._limits = limits
         self._observer = observer
         self._request_ids: set[tuple[str, str]] = set()
+        self._known: dict[tuple[str, str], ModelInfo] = {}
+        """Of versions that have answered: never more than the catalogue has had."""
         self._streams: set[PredictStream] = set()
         self._is_draining = False
 
@@ -103,8 +102,11 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         """Answer some inputs."""
         call = current_call.get()
         ask = read_predict(request, max_inputs=self._limits.max_inputs)
-        with self._claim(call, ask, is_given=bool(request.request_id)):
+        claim = self._claim(call, ask)
+        try:
             return await self._predict(call, ask, call.received_s)
+        finally:
+            self._request_ids.discard(claim)
 
     async def StreamPredict(self, requests: RequestStream, context: Context) -> None:  # noqa: N802
         """Answer any number of requests, each as it is ready."""
@@ -126,13 +128,16 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         """Return the vectors of some texts."""
         call = current_call.get()
         ask = read_embed(request, max_inputs=self._limits.max_inputs)
-        with self._claim(call, ask, is_given=bool(request.request_id)):
+        claim = self._claim(call, ask)
+        try:
             model, answer = await self._compute(call, ask)
             total_s = time.perf_counter() - call.received_s
             response = convert.embed_response_of(ask, answer, model=model, total_s=total_s)
             self._check_size(response)
             self._answered(Task.EMBED, model, answer, total_s)
             return response
+        finally:
+            self._request_ids.discard(claim)
 
     async def GetPredictModel(  # noqa: N802
         self, request: pb.GetPredictModelRequest, context: Context
@@ -156,16 +161,7 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
 
     async def _predict(self, call: Call, ask: PredictAsk, received_s: float) -> pb.PredictResponse:
         model, answer = await self._compute(call, ask)
-        info = None
-        if ask.inputs.texts:
-            try:
-                info = (await self._backend.describe(model, answer.version)).info
-            except PredictError as error:
-                raise error_from_predict(error) from error
-            if info is None:  # another process than the one that answered
-                raise Unavailable(
-                    "the model was lost while it answered", reason="PREDICT_LOST", retry_after_s=1.0
-                )
+        info = await self._info_of(model, answer.version) if ask.inputs.texts else None
         total_s = time.perf_counter() - received_s
         max_bytes = self._limits.max_message_bytes
         response = convert.response_of(ask, answer, info, model=model, total_s=total_s, max_bytes=max_bytes)
@@ -197,6 +193,28 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
             raise error_from_predict(error, inputs=ask.inputs_path, item=ask.item_path) from error
         return model, answer
 
+    async def _info_of(self, model: str, version: str) -> ModelInfo:
+        """Return what a version's numbers mean, which has just answered."""
+        backend = self._backend
+        try:
+            info = (await backend.describe(model, version)).info
+            if info is None:  # a description that was kept from before the model was loaded
+                infos = {(one.name, one.version): one.info for one in (await backend.models()).models}
+                info = infos.get((model, version))
+        except PredictLostError as error:
+            # Draining takes no questions any more, and the answer is there.
+            info = self._known.get((model, version))
+            if info is None:
+                raise error_from_predict(error) from error
+        except PredictError as error:
+            raise error_from_predict(error) from error
+        if info is None:  # another process than the one that answered
+            raise Unavailable(
+                "the model was lost while it answered", reason="PREDICT_LOST", retry_after_s=1.0
+            )
+        self._known[model, version] = info
+        return info
+
     async def _only_model(self) -> str:
         """Return the name of the only model: an empty one stands for it."""
         names = {model.name for model in (await self._backend.models()).models}
@@ -204,21 +222,17 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
             raise InvalidArgument.of("model", "must name a model: this server does not serve exactly one")
         return names.pop()
 
-    @contextmanager
-    def _claim(self, call: Call, ask: PredictAsk, *, is_given: bool) -> Iterator[None]:
-        """Hold the call's id while it runs: of two calls of a tenant with one id, logs could not tell."""
+    def _claim(self, call: Call, ask: PredictAsk) -> tuple[str, str]:
+        """Take the call's id while it runs: of two calls of a tenant with one id, logs could not tell.
+
+        Give back what this returns. Raises :class:`RequestIdInUse`.
+        """
         call.request_id = ask.request_id
-        if not is_given:
-            yield
-            return
         claim = (call.caller.tenant, ask.request_id)
         if claim in self._request_ids:
             raise RequestIdInUse("a running call of yours has this request_id")
         self._request_ids.add(claim)
-        try:
-            yield
-        finally:
-            self._request_ids.discard(claim)
+        return claim
 
     def _check_taking_requests(self) -> None:
         if self._is_draining:

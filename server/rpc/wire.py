@@ -21,7 +21,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-__all__ = ["MAX_MESSAGES", "find_flood", "find_overflow"]
+__all__ = ["MAX_MESSAGES", "find_flood", "find_overflow", "varint"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_FIELDS = 100_000
@@ -46,12 +46,12 @@ def _flooded(descriptor: Any, data: memoryview, path: str, budget: list[int]) ->
     position, fields = 0, descriptor.fields_by_number
     while position < len(data) and budget[1] > 0:
         budget[1] -= 1
-        tag, position = _varint(data, position)
+        tag, position = _read_varint(data, position)
         kind = tag & 7
         if kind == _VARINT:
-            _, position = _varint(data, position)
+            _, position = _read_varint(data, position)
         elif kind == _BYTES:
-            length, position = _varint(data, position)
+            length, position = _read_varint(data, position)
             field = fields.get(tag >> 3)
             if field is not None and field.message_type is not None:
                 budget[0] -= 1
@@ -84,16 +84,16 @@ def _overflows(descriptor: Any, data: memoryview, path: str, budget: list[int]) 
     position = 0
     while position < len(data) and budget[0] > 0:
         budget[0] -= 1
-        tag, position = _varint(data, position)
+        tag, position = _read_varint(data, position)
         field = descriptor.fields_by_number.get(tag >> 3)
         kind = tag & 7
         is_int32 = field is not None and field.type == FieldDescriptor.TYPE_INT32
         if kind == _VARINT:
-            value, position = _varint(data, position)
+            value, position = _read_varint(data, position)
             if field is not None and is_int32 and not _fits(value):
                 yield path + field.name
         elif kind == _BYTES:
-            length, position = _varint(data, position)
+            length, position = _read_varint(data, position)
             body = data[position : position + length]
             position += length
             if field is None:
@@ -131,7 +131,17 @@ def _fits(value: int) -> bool:
     return value < 2**31 or value >= 2**64 - 2**31
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
+def varint(value: int) -> bytes:
+    """Return a number that is not negative as protobuf writes it."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
     value = shift = 0
     while position < len(data) and shift < 70:  # ten bytes: what is longer does not parse
         byte = data[position]

@@ -50,8 +50,8 @@ FAMILIES: dict[str, tuple[tuple[str, str, str], dict[str, Any]]] = {
     "bert": (_BERT_STYLE, {}),
     "distilbert": (_BERT_STYLE, {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
     "electra": (_BERT_STYLE, {"embedding_size": 24}),
-    "mpnet": (("wordpiece", "<s>", "</s>"), {}),
     # Positions of these begin after the padding id.
+    "mpnet": (("wordpiece", "<s>", "</s>"), {"max_position_embeddings": 66}),
     "roberta": (_ROBERTA_STYLE, {"max_position_embeddings": 66, "type_vocab_size": 1}),
     "xlm-roberta": (("unigram", "<s>", "</s>"), {"max_position_embeddings": 66, "type_vocab_size": 1}),
     "deberta": (
@@ -127,7 +127,7 @@ def make_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> P
         _spread(model)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    max_length = values["max_position_embeddings"] - (2 if "roberta" in family else 0)
+    max_length = values["max_position_embeddings"] - (2 if "roberta" in family or family == "mpnet" else 0)
     tokenizer.model_max_length = max_length
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if family in _TYPED else [])]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
@@ -171,7 +171,11 @@ def make_tokenizer(style: str, start: str, end: str) -> PreTrainedTokenizerFast:
 @functools.cache
 def _trained(style: str, start: str, end: str) -> str:
     """Return a ``tokenizer.json``."""
-    special = [t for t in ("<pad>", _unknown(style), start, end, "<mask>", "<|endoftext|>") if t]
+    special = ["<pad>", _unknown(style), start, end, "<mask>", "<|endoftext|>"]
+    if start == "<s>":
+        # Where RoBERTa's relatives have them; MPNet knows no other id of its padding.
+        special = [start, "<pad>", end, _unknown(style), "<mask>", "<|endoftext|>"]
+    special = [token for token in special if token]
     corpus = sample_texts(400, seed=5, max_words=12)
     trainer: Any
     if style == "wordpiece":

@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from server.predict.errors import ModelRefusedError
 from server.predict.messages import Task
 from server.predict.model import Prepared
+from server.worker.native import NativeUnavailable
+from server.worker.native.library import load as load_kernels
 from server.worker.predict.tokenizer import EncodedText
 from tests.model.predict_models import FAMILIES, make_model, make_tokenizer, sample_pairs, sample_texts
 from tests.model.predict_support import Reference, answer, load, prepare, values
@@ -20,6 +28,7 @@ from tests.model.predict_support import Reference, answer, load, prepare, values
 torch.set_num_threads(2)
 
 TOLERANCE = 1e-5
+NATIVE = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 EXECUTORS = ("auto", "transformers")
 _LAYERS = {
     "num_hidden_layers": 2,
@@ -56,6 +65,15 @@ def folders(tmp_path_factory):
     return folder
 
 
+def is_native(family: str) -> bool:
+    """Say whether the native encoder computes this family here; it needs a compiler."""
+    try:
+        load_kernels()
+    except NativeUnavailable:
+        return False
+    return family in NATIVE
+
+
 def close(found, wanted) -> bool:
     """Say whether two answers are equal within the tolerance, with the same best label."""
     return bool(np.abs(found - wanted).max() <= TOLERANCE and found.argmax() == wanted.argmax())
@@ -66,6 +84,7 @@ def close(found, wanted) -> bool:
 def test_batch_gives_what_transformers_gives_one_at_a_time(folders, family, executor):
     folder = folders(family)
     model = load(folder, executor=executor)
+    assert model.info.executor == ("native" if executor == "auto" and is_native(family) else "transformers")
     reference = Reference(folder, Task.CLASSIFY)
     texts = [*sample_texts(24, seed=1, max_words=6), *sample_pairs(12, seed=2, max_words=3)]
     random.Random(3).shuffle(texts)
@@ -167,6 +186,29 @@ def test_embeddings_of_a_bare_model(folders, family):
     for text, output in zip(texts, answer(model, texts), strict=True):
         mean = reference.of(text).last_hidden_state[0].mean(0)
         assert np.abs(values(output) - (mean / mean.norm()).numpy()).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "mpnet", "gpt2"])
+def test_language_models_embed_without_their_heads(tmp_path, family):
+    folder = make_model(f"{family}-embed", tmp_path)
+    kind = AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM
+    torch.manual_seed(1)
+    kind.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    model = load(folder, normalize=False)
+    assert model.info.task is Task.EMBED
+    reference = Reference(folder, Task.EMBED)
+    (output,) = answer(model, ["a quiet river"])
+    wanted = reference.of("a quiet river").last_hidden_state[0].mean(0).numpy()
+    assert np.abs(values(output) - wanted).max() <= TOLERANCE
+    with pytest.raises(ModelRefusedError, match="lack"):
+        load(folder, task="classify")
+
+
+def test_native_executor_holds_one_copy_of_the_weights(tmp_path):
+    folder = make_model("bert", tmp_path, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    native, plain = load(folder), load(folder, executor="transformers")
+    assert native.info.num_parameters == plain.info.num_parameters
+    assert native.info.num_bytes < 1.1 * plain.info.num_bytes
 
 
 def test_padding_is_counted_and_small(folders):

@@ -28,6 +28,8 @@ FAMILIES = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 class OneByOneEncoder:
     """Packed hidden states, computed by transformers without packing anything."""
 
+    num_bytes = 0
+
     def __init__(self, encoder) -> None:
         self._encoder = encoder
         self._takes = inspect.signature(encoder.forward).parameters

@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.predict.batcher import Batch, Batcher
+from server.predict.batch import Batch
+from server.predict.batcher import Batcher
 from server.predict.errors import OverloadedError
 
 MODELS = {"m": False, "n": False, "padded": True}

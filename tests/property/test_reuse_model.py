@@ -1,8 +1,8 @@
 """The cache of encodings against a slow plain model: a list of what was computed, searched from the end.
 
-The model knows nothing of tables, recency or batches. It remembers every encoding that was kept, when, and for
-which key, and which keys were used when; by that it says of every row whether it is a hit, with whose encoding,
-and how all counters stand.
+The model knows nothing of tables, recency or batches. It remembers every encoding that was kept, when, and
+for which key, and which keys were used when; by that it says of every row whether it is a hit, with whose
+encoding, and how all counters stand.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Third:
 class Kept:
     """One encoding that was computed and kept."""
 
-    key: tuple
-    row: tuple
+    key: tuple[str, tuple[float, ...]]
+    row: tuple[float, ...]
     at: float
     used: int
 

@@ -27,7 +27,7 @@ from server.predict.errors import (
     PredictLostError,
 )
 from server.predict.interface import PredictState
-from server.predict.messages import Task
+from server.predict.messages import ModelStatus, Task
 from server.rpc.auth import parse_api_keys
 from tests.rpc.harness import READY, ScriptedEngine, Server, refused, serving
 from tests.rpc.scripted_predict import SIZES, Asked, ScriptedPredict, status
@@ -96,6 +96,20 @@ async def test_top_k_says_which_scores_come(top_k: int, labels: list[str]) -> No
     wanted = {"a": 1 / 3, "b": 1 / 3, "c": 1.0, "d": 0.0}
     assert all(one.score == pytest.approx(wanted[one.label]) for one in answer.scores)
     assert list(answer.labels) == ["c"]  # of at least a half
+
+
+@pytest.mark.parametrize("top_k", [0, 2, 4])
+async def test_labels_of_every_kind_arrive_whole(top_k: int) -> None:
+    labels = ("", "\N{SNOWMAN}" * 50, "x" * 200, "y" * 127)
+    odd = msgspec.structs.replace(SIZES, labels=labels)
+    async with serving(ScriptedEngine(), predict=ScriptedPredict([status("sizes", odd)])) as server:
+        answer = await server.predict.Predict(texts("x" * 60, options={"top_k": top_k}))
+    scores = answer.predictions[0].classification.scores
+    wanted = labels if top_k == 0 else ("x" * 200, "", "\N{SNOWMAN}" * 50, "y" * 127)[:top_k]
+    assert tuple(one.label for one in scores) == wanted
+    assert [one.score for one in scores] == pytest.approx(
+        [0.5 if one[:1] == "x" else 1 / 6 for one in wanted]
+    )
 
 
 async def test_tokens_numbers_and_vectors() -> None:
@@ -190,6 +204,30 @@ async def test_labels_are_those_of_the_version_that_answered() -> None:
         assert (answer.version, answer.predictions[0].classification.label) == ("1", "short")
 
 
+async def test_a_description_from_before_the_load_does_not_lose_the_answer() -> None:
+    class Stale(ScriptedPredict):
+        async def describe(self, model: str, version: str = "") -> ModelStatus:
+            return msgspec.structs.replace(await super().describe(model, version), info=None)
+
+    async with serving(ScriptedEngine(), predict=Stale()) as server:
+        answer = await server.predict.Predict(texts("x"))
+    assert answer.predictions[0].classification.label == "short"
+
+
+async def test_what_is_computed_while_the_process_drains_is_answered() -> None:
+    async def drain(asked: Asked) -> None:
+        predict.fails = PredictLostError("it is being drained")
+
+    predict = ScriptedPredict()
+    async with serving(ScriptedEngine(), predict=predict) as server:
+        await server.predict.Predict(texts("x"))
+        predict.before = drain
+        assert (await server.predict.Predict(texts("x"))).predictions[0].classification.label == "short"
+        # Of a version that has never answered nobody knows what its numbers mean.
+        refusal = await refused(server.predict.Predict(texts("x", model="topics")))
+        assert (refusal.code, refusal.reason) == (Code.UNAVAILABLE, "PREDICT_LOST")
+
+
 async def test_the_only_model_needs_no_name() -> None:
     predict = ScriptedPredict([status("sizes", SIZES, version=version) for version in ("1", "2")])
     async with serving(ScriptedEngine(), predict=predict) as server:
@@ -245,7 +283,10 @@ async def test_errors_of_predict_have_their_status(
         refusal = await refused(server.predict.Predict(texts("x")))
     assert (refusal.code, refusal.reason, refusal.message) == (code, reason, error.reason)
     assert refusal.retry_after_s == retry_after_s
-    assert (refusal.pushback_ms is None) == (retry_after_s is None)
+    # Of what time alone does not change clients are told not to try again.
+    never = "-1" if code is Code.RESOURCE_EXHAUSTED else None
+    expected = never if retry_after_s is None else str(round(retry_after_s * 1000))
+    assert refusal.pushback_ms == expected
 
 
 @pytest.mark.parametrize("error", [PredictError("x at /secret/path"), RuntimeError("/secret/path")])

@@ -88,10 +88,9 @@ class TurningWorld(World):
     """A world around a turning encoder."""
 
     def __init__(self, speed: float = 0.0, **spec) -> None:
-        super().__init__(**{"prefix": 1, **spec}, predictor=Predictor(2, 2, Turning(ManualClock()), Half()))
-        self.encoder: Turning = self.predictor.encoder
+        self.encoder = Turning(ManualClock(), speed)
+        super().__init__(Predictor(2, 2, self.encoder, Half()), **{"prefix": 1, **spec})
         self.encoder.clock = self.clock
-        self.encoder.speed = speed
 
     def visit(self, seed: int, count: int, *, keys: int = 20, noise: float = 0.0, wait_s: float = 0.1):
         """Let ``count`` batches of one row for each key come, ``wait_s`` apart; return how they were off."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from server.predict.batcher import Batch, Batcher
+from server.predict.batch import Batch
+from server.predict.batcher import Batcher
 from server.predict.cost import CostModel
 from server.predict.errors import OverloadedError
 from server.predict.holding import Arrivals
@@ -163,6 +164,13 @@ def test_padded_inputs_are_batched_with_their_like():
     assert parts(first) == {"a": [0], "c": [0]}
     assert parts(second) == {"b": [0], "d": [0]}
     assert (first.num_tokens, first.num_padding_tokens) == (190, 10)
+
+
+def test_a_short_input_whose_turn_it_is_is_not_padded_to_a_long_one():
+    batcher = batcher_of(budget=1000)
+    for key, length in (("a", 8), ("b", 100), ("c", 9)):
+        batcher.add("m", key, [length], now_s=0.0, is_padded=True)
+    assert parts(batcher.next(0.0).batch) == {"a": [0], "c": [0]}
 
 
 def test_padding_counts_against_the_budget():
@@ -450,7 +458,7 @@ def test_a_lone_call_after_a_busy_time_is_not_held():
 
 @pytest.mark.parametrize("load", [0.3, 0.9, 2.0, 5.0, 20.0])
 def test_holding_does_no_harm_to_calls_that_come_at_random(load):
-    """Poisson arrivals: there is little to gain, and little may be lost."""
+    """Poisson arrivals: there is nothing to gain, and nothing may be lost."""
     draw = random.Random(7)
     arrivals, time_s = [], 0.0
     for _ in range(4000):
@@ -458,7 +466,7 @@ def test_holding_does_no_harm_to_calls_that_come_at_random(load):
         arrivals.append(time_s)
     at_once = Simulation(0.005, 0.00001, 0.0).run(arrivals)
     held = Simulation(0.005, 0.00001, 0.002).run(arrivals)
-    assert held.mean_latency_s < 1.02 * at_once.mean_latency_s
+    assert held.mean_latency_s < 1.005 * at_once.mean_latency_s
 
 
 def test_a_batch_is_never_held_longer_than_the_limit():

@@ -111,12 +111,14 @@ def test_rows_are_answered_in_their_order():
         assert answer.stats.load_s > 0.0
 
 
-def test_texts_are_answered_in_their_order_whatever_their_lengths():
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_texts_are_answered_in_their_order_whatever_their_lengths(budget):
     loader = KitLoader(words=lambda: WordModel(executor="transformers"))
     texts = ["one", "one two three four five six seven", "one two", "", "one two three four five six", "a"]
-    with HostKit("words", loader=loader, max_batch_tokens=16) as kit:
-        answer = kit.answer(kit.call("words", texts_of(*texts)))
-        assert [values[0] for values in values_of(answer)] == [len(text.split()) for text in texts]
+    with HostKit("words", loader=loader, max_batch_tokens=budget) as kit:
+        for asked in (texts, [" ".join(["x"] * count) for count in (9, 8, 10, 8, 11)]):
+            answer = kit.answer(kit.call("words", texts_of(*asked)))
+            assert [values[0] for values in values_of(answer)] == [len(text.split()) for text in asked]
 
 
 def test_a_long_call_is_tokenized_in_pieces_and_computed_in_batches():
@@ -195,13 +197,13 @@ def test_a_share_of_calls_goes_to_the_canary():
         for version, canary in (("1", None), ("2", 0.25))
     )
     loader = KitLoader(rows=RowModel)
-    with CanaryKit(models, loader) as kit:
+    with VersionsKit(models, loader) as kit:
         versions = [kit.answer(kit.call("rows", ROW)).version for _ in range(400)]
         assert 60 < versions.count("2") < 140
         assert status_of(kit, "rows").version == "1"
 
 
-class CanaryKit(HostKit):
+class VersionsKit(HostKit):
     """A host with models given as they are."""
 
     def __init__(self, models, loader):
@@ -287,7 +289,8 @@ def held_up(kit: HostKit, gate: Gate) -> int:
 )
 def test_only_the_call_with_the_poison_fails(poison, kind, index, caplog):
     gate = Gate()
-    with HostKit("rows", loader=KitLoader(rows=lambda: RowModel(gate=gate))) as kit:
+    model = RowModel(gate=gate)
+    with HostKit("rows", loader=KitLoader(rows=lambda: model)) as kit:
         first = held_up(kit, gate)
         before = [kit.call("rows", ROW) for _ in range(5)]
         culprit = kit.call("rows", rows_of([1, 1, 1, 1], [2, 1, 1, 1], [poison, 1, 1, 1], [3, 1, 1, 1]))
@@ -300,6 +303,9 @@ def test_only_the_call_with_the_poison_fails(poison, kind, index, caplog):
             assert values_of(kit.answer(call_id)) == [[10.0]]
         for call_id in after:
             assert values_of(kit.answer(call_id)) == [[4.0], [3.0]]
+        if poison != RowModel.GIVES_NAN:
+            # All together, then call by call, the culprit's also input by input up to the one at fault.
+            assert model.batches == [1, 19, *[1] * 5, 4, 1, 1, 1, *[2] * 5]
         if kind is FailureKind.INTERNAL:
             assert "secret" not in failed.reason
             reference = failed.reason.split()[-1]
@@ -308,6 +314,16 @@ def test_only_the_call_with_the_poison_fails(poison, kind, index, caplog):
             assert failed.retry_after_s > 0
         counted = stats_at_the_end(kit)["rows"]
         assert (counted.num_calls, counted.num_failed, counted.num_inputs) == (12, 1, 1 + 5 + 10)
+
+
+def test_numbers_that_are_not_finite_fail_one_of_many_single_calls():
+    gate = Gate()
+    with HostKit("rows", loader=KitLoader(rows=lambda: RowModel(gate=gate))) as kit:
+        held_up(kit, gate)
+        ids = [kit.call("rows", rows_of([RowModel.GIVES_NAN if i == 3 else 1, 1, 1, 1])) for i in range(8)]
+        gate.open()
+        assert kit.failure(ids.pop(3)).kind is FailureKind.COMPUTE
+        assert [values_of(kit.answer(call_id)) for call_id in ids] == [[[10.0]]] * 7
 
 
 class MiscountingModel(RowModel):
@@ -454,7 +470,8 @@ def test_a_deadline_that_has_passed_is_refused_at_once():
         assert kit.loader.made == []
 
 
-def test_a_nearer_deadline_wakes_the_housekeeper_in_time():
+def test_a_nearer_deadline_wakes_the_housekeeper_in_time(monkeypatch):
+    monkeypatch.setattr("server.predict.housekeeping.STATS_INTERVAL_S", 1000.0)
     loader = KitLoader(rows=RowModel)
     gate = loader.gates["rows"] = Gate()
     with HostKit("rows", loader=loader) as kit:
@@ -520,7 +537,7 @@ def test_what_waits_for_a_model_counts_as_waiting():
         ids = [kit.call("words", texts_of("x" * 80)) for _ in range(20)]
         assert kit.failure(ids[-1]).kind is FailureKind.OVERLOADED
         kit.handle(CancelCall(ids[0]))
-        again = kit.call("words", texts_of("x" * 40))
+        again = kit.call("words", texts_of("x" * 80))
         gate.open()
         kit.answer(again), kit.answer(ids[1])
 
@@ -557,6 +574,24 @@ def test_a_load_is_told_of_now_and_then_not_a_thousand_times():
         assert {message.op_id for message in told} == {op_id}
         assert told[0].phase == "reading"
         assert told[0].status.phase is ModelPhase.LOADING
+
+
+def test_a_lazy_load_is_answered_and_loads_nothing():
+    with HostKit() as kit:
+        assert ask(kit, LoadModel("rows", lazy=True)).model.phase is ModelPhase.UNLOADED
+        assert kit.loader.made == []
+
+
+def test_unloading_all_versions_of_a_model_ends_once_with_all_of_them():
+    models = tuple(ModelSpec(name="rows", version=number, features=FeatureSpec()) for number in "123")
+    with VersionsKit(models, KitLoader(rows=RowModel)) as kit:
+        for number in "13":
+            ask(kit, LoadModel("rows", number))
+        unloaded = ask(kit, UnloadModel("rows")).models
+        assert [(model.version, model.phase) for model in unloaded] == [
+            (number, ModelPhase.UNLOADED) for number in "123"
+        ]
+        assert [model.is_closed for _, model in kit.loader.made] == [True, True]
 
 
 def test_operations_that_cannot_be_done_say_why():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcore.clock import ManualClock
+from server.predict import reuse
 from server.predict.errors import ModelRefusedError
 from server.predict.options import BudgetSpec, CanarySpec, FeatureSpec, ModelSpec
 from server.predict.reuse import Predictor, build_feature_model, register_predictor, registry
@@ -88,3 +89,17 @@ def test_a_predictor_that_cannot_be_made_refuses_the_model_alone(names, made):
     with pytest.raises(ModelRefusedError, match="odd") as caught:
         build(predictor="odd")
     assert "secret" not in caught.value.reason
+
+
+def test_what_the_package_offers():
+    assert sorted(reuse.__all__) == [
+        "Certificate",
+        "Encoder",
+        "Head",
+        "LipschitzCertificate",
+        "Predictor",
+        "SemanticModel",
+        "build_feature_model",
+        "register_predictor",
+    ]
+    assert all(hasattr(reuse, name) for name in reuse.__all__)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 
-from server.predict.reuse.builtin import make_builtin
+from server.predict.reuse.builtin import BuiltinEncoder, LinearHead, make_builtin
 from server.predict.reuse.certificate import BEND
 from server.predict.reuse.predictor import LipschitzCertificate
 from tests.unit.reuse_world import BUILTIN, rows_of
 
-ENCODER, HEAD, CERTIFICATE = BUILTIN.encoder, BUILTIN.head, BUILTIN.certificate
+ENCODER = cast("BuiltinEncoder", BUILTIN.encoder)
+HEAD = cast("LinearHead", BUILTIN.head)
+CERTIFICATE = BUILTIN.certificate
 
 
 def errors(cached, rows):

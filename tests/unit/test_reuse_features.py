@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -221,12 +223,13 @@ class Broken(Half):
 
 @pytest.mark.parametrize("answer", [np.nan, 1.5, -0.1, RuntimeError("secret path")])
 def test_a_head_that_fails_is_a_compute_error_and_nothing_is_kept(answer):
-    world = World(Predictor(2, 2, Turning(ManualClock()), Broken(answer)), prefix=1)
+    head = Broken(answer)
+    world = World(Predictor(2, 2, Turning(ManualClock()), head), prefix=1)
     with pytest.raises(ComputeError) as caught:
         world.ask([[1.0, 2.0]])
     assert "secret" not in caught.value.reason
     assert world.report().num_entries == 0
-    world.predictor.head.answer = 0.25
+    head.answer = 0.25
     assert world.ask([[1.0, 2.0]])[0] == [0.25]
 
 
@@ -331,3 +334,27 @@ def test_a_sampled_share_is_about_the_share_and_seeded():
     assert 150 < compared(1) < 250
     assert compared(1) == compared(1)
     assert len({compared(seed) for seed in range(4)}) > 1
+
+
+def test_reports_and_clearing_from_another_thread_disturb_nothing():
+    world, rows = World(sample_share=0.5), rows_of(20)
+    stop, faults = threading.Event(), []
+
+    def watch():
+        try:
+            while not stop.is_set():
+                world.model.reuse_report(max_keys=5)
+                world.model.clear_reuse()
+        except Exception as fault:  # noqa: BLE001 - whatever it is, the test fails
+            faults.append(fault)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(100):
+            assert world.ask(rows)[0].tobytes() == world.fresh(rows).tobytes()
+    finally:
+        stop.set()
+        watcher.join()
+    assert faults == []
+    assert world.report().num_lookups == 2000

@@ -24,7 +24,8 @@ SIGNS = np.random.default_rng(2).choice([-1.0, 1.0], (1013, SIZE))
 def vector_of(text: str) -> np.ndarray:
     """Return what a text means: "topic/spread/variant" is its topic, moved by ``spread`` at random."""
     topic, spread, variant, *_ = text.split("/")
-    return topic_vector(int(topic)) + float(spread) * moved_by(int(variant))
+    vector: np.ndarray = topic_vector(int(topic)) + float(spread) * moved_by(int(variant))
+    return vector
 
 
 @lru_cache

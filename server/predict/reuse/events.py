@@ -10,10 +10,13 @@ __all__ = ["log_event"]
 
 
 def log_event(log: logging.Logger, event: ReuseEvent) -> None:
-    """Write it: a broken budget as a warning, the rest as information, lifetimes of keys for debugging."""
+    """Write it: a broken budget as a warning, the rest as information, lifetimes of keys for debugging.
+
+    Warnings are for all keys together: single ones can be thousands, and have been cut already.
+    """
     where = f"{event.model}/{event.version} {event.policy}" + (f" key {event.key}" if event.key else "")
     if event.interval is not None:
-        level = logging.WARNING if event.kind is EventKind.ALARM else logging.INFO
+        level = logging.WARNING if event.kind is EventKind.ALARM and not event.key else logging.INFO
         log.log(
             level,
             "reuse %s: %s: %s is %.4g (%.4g to %.4g), the limit %.4g",

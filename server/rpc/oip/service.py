@@ -25,6 +25,7 @@ from server.rpc.oip.parameters import InferOptions, wanted_tensor
 from server.rpc.oip.signature import classification_of, inputs_of, outputs_of, tensors_of
 from server.rpc.oip.tensors import OutputTensor, read_inputs
 from server.rpc.predict_errors import error_from_predict
+from server.rpc.predict_service import PredictObserver
 from server.rpc.stream_writer import StreamWriter
 
 __all__ = ["InferenceService"]
@@ -41,8 +42,16 @@ Context = aio.ServicerContext[Any, Any]
 class InferenceService(services.GRPCInferenceServiceServicer):
     """All methods run on the event loop."""
 
-    def __init__(self, backend: PredictBackend, *, max_inputs: int, write_timeout_s: float) -> None:
+    def __init__(
+        self,
+        backend: PredictBackend,
+        *,
+        max_inputs: int,
+        write_timeout_s: float,
+        observer: PredictObserver | None = None,
+    ) -> None:
         self._backend = backend
+        self._observer = observer
         self._max_inputs = max_inputs
         self._write_timeout_s = write_timeout_s
 
@@ -220,6 +229,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
             return pb.ModelStreamInferResponse(error_message=error.message, infer_response=response)
 
     async def _infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+        started_s = time.perf_counter()
         options = InferOptions(request)
         inputs = read_inputs(request, max_inputs=self._max_inputs)
         deadline_s = call.remaining_s()
@@ -248,6 +258,17 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         response = pb.ModelInferResponse(model_name=status.name, model_version=answer.version, id=request.id)
         for tensor, num_classes in wanted:
             _append(response, classification_of(info, answer.outputs, num_classes) if num_classes else tensor)
+        if self._observer is not None:
+            self._observer.answered(
+                info.task,
+                status.name,
+                answer.version,
+                num_inputs=len(answer.outputs),
+                num_tokens=sum(output.num_tokens for output in answer.outputs),
+                num_hits=sum(output.cache_hit for output in answer.outputs),
+                stats=answer.stats,
+                total_s=time.perf_counter() - started_s,
+            )
         return response
 
     # -- inside -------------------------------------------------------------------------------------

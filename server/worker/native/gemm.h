@@ -8,7 +8,8 @@
 //                                      so that a shift and an and give two float vectors
 //
 // Every output is ONE chain of multiply-adds over k = 0, 1, ..., K-1. Tiles of 1 to MR rows, blocks of k
-// (partial sums go through memory unrounded) and the split over threads change nothing in that chain.
+// (partial sums go through memory unrounded) and the split over threads change nothing in that chain. With kAdd it is
+// one chain per block of k instead, added to what was there in order of the blocks, which depend on K alone.
 #pragma once
 
 #include "vec.h"
@@ -18,6 +19,9 @@ namespace kv {
 constexpr long kBlockK = 320;    // k per cache block: MR rows of it and a panel in float32 share the first-level cache
 constexpr int kBlockRows = 96;   // rows per unit: their k-block stays in the second-level cache
 constexpr long kStreamAhead = 1536;  // bytes between use and prefetch of a panel that is read once
+
+// What a product finds in c: nothing, chains to go on with, or a value to which each block of k is added.
+enum Start { kFresh, kContinue, kAdd };
 
 // Index of output j of a panel inside its row of NR elements.
 KV_INLINE int panel_slot(const uint16_t*, int j) {
@@ -45,13 +49,13 @@ KV_INLINE void load_panel_row(const uint16_t* b, vf out[NV]) {
 // per 4 k, so that the tiles of one panel fetch the next one between them.
 template <int R, int P, class T>
 static __attribute__((noinline)) void tile(long kc, const T* b, size_t panel_stride, const float* a, size_t lda,
-                                           float* c, size_t ldc, bool first, const char* ahead,
+                                           float* c, size_t ldc, Start start, const char* ahead,
                                            size_t ahead_step) {
   vf acc[R][P * NV];
   const float* row[R];
   KV_UNROLL for (int r = 0; r < R; r++) {
     row[r] = a + r * lda;
-    KV_UNROLL for (int v = 0; v < P * NV; v++) acc[r][v] = first ? vf{} : load<vf>(c + r * ldc + v * W);
+    KV_UNROLL for (int v = 0; v < P * NV; v++) acc[r][v] = start == kContinue ? load<vf>(c + r * ldc + v * W) : vf{};
   }
   long k = 0;
 #define KV_STEP(kk)                                                                       \
@@ -80,18 +84,21 @@ static __attribute__((noinline)) void tile(long kc, const T* b, size_t panel_str
     b += NR;
   }
 #undef KV_STEP
+  if (start == kAdd)
+    KV_UNROLL for (int r = 0; r < R; r++)
+      KV_UNROLL for (int v = 0; v < P * NV; v++) acc[r][v] += load<vf>(c + r * ldc + v * W);
   KV_UNROLL for (int r = 0; r < R; r++)
     KV_UNROLL for (int v = 0; v < P * NV; v++) store(c + r * ldc + v * W, acc[r][v]);
 }
 
 template <int P, class T, int R = MR>
 KV_INLINE void tile_rows(int rows, long kc, const T* b, size_t ps, const float* a, size_t lda, float* c, size_t ldc,
-                         bool first, const char* ahead, size_t step) {
+                         Start start, const char* ahead, size_t step) {
   if constexpr (R > 0) {
     if (rows == R)
-      tile<R, P, T>(kc, b, ps, a, lda, c, ldc, first, ahead, step);
+      tile<R, P, T>(kc, b, ps, a, lda, c, ldc, start, ahead, step);
     else
-      tile_rows<P, T, R - 1>(rows, kc, b, ps, a, lda, c, ldc, first, ahead, step);
+      tile_rows<P, T, R - 1>(rows, kc, b, ps, a, lda, c, ldc, start, ahead, step);
   }
 }
 
@@ -108,53 +115,62 @@ static inline const float* widen(const uint16_t* b, long kc, float* to) {
 
 // One panel's k-block against all rows, MR at a time (the last two tiles share what is left).
 template <class T>
-static void panel_rows(int rows, long kc, const T* b, const float* a, size_t lda, float* c, size_t ldc, bool first,
+static void panel_rows(int rows, long kc, const T* b, const float* a, size_t lda, float* c, size_t ldc, Start start,
                        const char* ahead, size_t step) {
   for (int r = 0; r < rows;) {
     const int left = rows - r, n = left >= 2 * MR ? MR : left > MR ? (left + 1) / 2 : left;
-    tile_rows<1, T>(n, kc, b, 0, a + r * lda, lda, c + r * ldc, ldc, first, ahead, step);
+    tile_rows<1, T>(n, kc, b, 0, a + r * lda, lda, c + r * ldc, ldc, start, ahead, step);
     ahead += kc / 4 * step;
     r += n;
   }
 }
 
-// c[rows, np*NR] = a[rows, K] * np consecutive panels. rows <= kBlockRows; `wide` holds kBlockK * NR floats; `next` is
-// what this thread probably multiplies next.
+// c[rows, np*NR] (+)= a[rows, K] * np panels, `ps` elements apart. `wide` holds kBlockK * NR floats; `next` is what this
+// thread probably multiplies next.
 template <class T>
-static void gemm_unit(const T* panels, int np, long K, const float* a, size_t lda, int rows, float* c, size_t ldc,
-                      float* wide, const T* next) {
-  const size_t ps = (size_t)K * NR;
+static void gemm_panels(const T* panels, size_t ps, int np, long K, const float* a, size_t lda, int rows, float* c,
+                        size_t ldc, Start start, float* wide, const T* next) {
   const int tiles = (int)ceil_div(rows, MR);
+  const long blocks = ceil_div(K, kBlockK), kc_max = round_up(ceil_div(K, blocks), 8);
   if (tiles == 1) {
     // Memory is the limit. Few rows leave registers free: several panels at once hide the latency of the multiply-adds.
+    const long kc_one = start == kAdd ? kc_max : K;
     for (int p = 0; p < np;) {
-      const T* b = panels + p * ps;
-      if (rows == 1 && np - p >= 4) {
-        tile<1, 4, T>(K, b, ps, a, lda, c + p * NR, ldc, true, nullptr, 0);
-        p += 4;
-      } else if (rows <= 2 && np - p >= 2) {
-        tile_rows<2, T, 2>(rows, K, b, ps, a, lda, c + p * NR, ldc, true, nullptr, 0);
-        p += 2;
-      } else {
-        tile_rows<1, T>(rows, K, b, ps, a, lda, c + p * NR, ldc, true, nullptr, 0);
-        p += 1;
+      const int n = rows == 1 && np - p >= 4 ? 4 : rows <= 2 && np - p >= 2 ? 2 : 1;
+      for (long k0 = 0; k0 < K; k0 += kc_one) {
+        const long kc = std::min(kc_one, K - k0);
+        const T* b = panels + p * ps + k0 * NR;
+        if (n == 4)
+          tile<1, 4, T>(kc, b, ps, a + k0, lda, c + p * NR, ldc, start, nullptr, 0);
+        else if (n == 2)
+          tile_rows<2, T, 2>(rows, kc, b, ps, a + k0, lda, c + p * NR, ldc, start, nullptr, 0);
+        else
+          tile_rows<1, T>(rows, kc, b, ps, a + k0, lda, c + p * NR, ldc, start, nullptr, 0);
       }
+      p += n;
     }
     return;
   }
-  const long blocks = ceil_div(K, kBlockK), kc_max = round_up(ceil_div(K, blocks), 8);
   for (long k0 = 0; k0 < K; k0 += kc_max) {
     const long kc = std::min(kc_max, K - k0);
+    const Start block_start = start == kFresh && k0 > 0 ? kContinue : start;
     for (int p = 0; p < np; p++) {
       const T* b = panels + p * ps + k0 * NR;
       const char* ahead = (const char*)(p + 1 < np ? b + ps : k0 + kc < K ? panels + (k0 + kc) * NR : next);
       const size_t step = 4 * NR * sizeof(T) / tiles;
       if (tiles > 2)
-        panel_rows(rows, kc, widen(b, kc, wide), a + k0, lda, c + p * NR, ldc, k0 == 0, ahead, step);
+        panel_rows(rows, kc, widen(b, kc, wide), a + k0, lda, c + p * NR, ldc, block_start, ahead, step);
       else
-        panel_rows(rows, kc, b, a + k0, lda, c + p * NR, ldc, k0 == 0, ahead, step);
+        panel_rows(rows, kc, b, a + k0, lda, c + p * NR, ldc, block_start, ahead, step);
     }
   }
+}
+
+// c[rows, np*NR] = a[rows, K] * np consecutive panels of a whole matrix. rows <= kBlockRows.
+template <class T>
+static void gemm_unit(const T* panels, int np, long K, const float* a, size_t lda, int rows, float* c, size_t ldc,
+                      float* wide, const T* next) {
+  gemm_panels(panels, (size_t)K * NR, np, K, a, lda, rows, c, ldc, kFresh, wide, next);
 }
 
 // Pack rows [0, rows) of a row-major matrix into panels 0, step, 2*step, ... of dst.

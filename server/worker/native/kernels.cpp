@@ -5,6 +5,7 @@
 #include <chrono>
 #include <new>
 
+#include "encoder_calls.h"
 #include "model.h"
 
 using namespace kv;

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from server.worker.native.build import NativeUnavailable
 from server.worker.predict.executors import Executor, Floats, TransformersExecutor, num_token_ids
+from server.worker.predict.native import build_native_encoder
 from server.worker.predict.native_executor import NativeExecutor
 from server.worker.predict.probe import agree, choose_grouping, make_probe, run_alone
 from server.worker.predict.recipe import Recipe
 from server.worker.predict.tokenizer import EncodedText, TextTokenizer
 
-try:
-    from server.worker.predict.native import build_native_encoder
-except ImportError:
-
-    def build_native_encoder(model: PreTrainedModel, *, dtype: str) -> Any:
-        return None
-
-
-__all__ = ["choose_executor"]
+__all__ = ["NativeDisagreesError", "choose_executor"]
 
 logger = logging.getLogger(__name__)
+
+
+class NativeDisagreesError(Exception):
+    """The native executor gives other numbers, and has taken the model apart: it must be loaded again."""
 
 
 def choose_executor(
@@ -38,7 +35,10 @@ def choose_executor(
     max_length: int,
     notes: list[str],
 ) -> Executor:
-    """Return a probed executor. Raises ``ModelLoadError``."""
+    """Return a probed executor; the native one takes the encoder's matrices out of ``model``.
+
+    Raises ``ModelLoadError``, ``NativeDisagreesError``.
+    """
     num_ids = num_token_ids(model)
     probe = make_probe(tokenizer, num_ids=num_ids, max_length=max_length)
     precision = str(dtype).removeprefix("torch.")
@@ -61,15 +61,16 @@ def _try_native(
     precision: str,
     notes: list[str],
 ) -> Executor | None:
-    if model.device.type != "cpu":
-        notes.append("the native executor is for CPUs")
+    if model.device.type != "cpu" or precision == "float16":
+        notes.append(
+            "the native executor is for float32 and bfloat16 on CPUs; transformers computes the model"
+        )
         return None
     try:
-        encoder = build_native_encoder(model.base_model, dtype=precision)
-    except (RuntimeError, ValueError, OSError) as error:
+        encoder = build_native_encoder(model, dtype=precision, release_source=True)
+    except NativeUnavailable as error:
         logger.info("building the native encoder failed", exc_info=error)
-        notes.append("the native executor could not be built; transformers computes the model")
-        return None
+        raise NativeDisagreesError("the native executor is not available here") from error
     if encoder is None:
         notes.append(
             "the native executor does not know this family or shape; transformers computes the model"
@@ -77,6 +78,5 @@ def _try_native(
         return None
     native = NativeExecutor(encoder, model, recipe)
     if not agree(native, probe, alone, dtype=precision):
-        notes.append("the native executor gives other numbers here; transformers computes the model")
-        return None
+        raise NativeDisagreesError("the native executor gives other numbers for this model")
     return native

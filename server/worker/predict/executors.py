@@ -53,6 +53,11 @@ class Executor(Protocol):
         """Return how many tokens were computed for nothing so far."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of weights that it holds beside the model's own."""
+        ...
+
     def run(self, batch: Sequence[EncodedText]) -> list[Floats]:
         """Return each input's numbers, in the batch's order."""
         ...
@@ -71,6 +76,7 @@ class TransformersExecutor:
     """The reference: the model's own forward over groups of similar lengths."""
 
     name = "transformers"
+    num_bytes = 0
 
     def __init__(
         self, model: PreTrainedModel, recipe: Recipe, *, grouping: Grouping = Grouping.PADDED

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -35,18 +37,22 @@ from server.process.memory import available_host_bytes
 from server.worker.checkpoint import WeightFile, read_weight_files
 from server.worker.errors import ModelLoadError, WorkerStartError
 from server.worker.placement import DTYPES, choose_device, num_elements, stored_dtype
-from server.worker.predict.executor_choice import choose_executor
-from server.worker.predict.executors import num_token_ids, position_offset
+from server.worker.predict.executor_choice import NativeDisagreesError, choose_executor
+from server.worker.predict.executors import Executor, num_token_ids, position_offset
 from server.worker.predict.folder import ModelFolder
 from server.worker.predict.model import TextModel
 from server.worker.predict.recipe import Recipe, max_length, read_config, read_recipe
 from server.worker.predict.tokenizer import load_tokenizer
-from server.worker.predict.weights import WeightReader, Weights, drop_unused
+from server.worker.predict.weights import WeightReader, Weights
 
 __all__ = ["load_text_model", "text_model_bytes"]
 
 _BUFFER_BYTES = 1 << 20
 """For tables that a family makes itself (positions, rotations)."""
+
+_building = threading.Lock()
+"""transformers patches its own classes while it builds a model (``tie_weights``, the default dtype): of two
+at once one misses its tied weights, and the patches may stay for good."""
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 logger = logging.getLogger(__name__)
@@ -60,7 +66,13 @@ def load_text_model(
 ) -> TextModel:
     """Load. Blocks; ``on_progress`` is called in this thread. Raises ``ModelRefusedError``."""
     with _refusals():
-        return _load(folder, root, spec, device, on_progress)
+        notes: list[str] = []
+        try:
+            return _load(folder, root, spec, device, on_progress, notes)
+        except NativeDisagreesError as error:
+            notes = [f"{error}; transformers computes the model"]
+        spec = msgspec.structs.replace(spec, executor="transformers")
+        return _load(folder, root, spec, device, on_progress, notes)
 
 
 def text_model_bytes(folder: Path, *, root: Path, spec: ModelSpec) -> int:
@@ -73,11 +85,8 @@ def text_model_bytes(folder: Path, *, root: Path, spec: ModelSpec) -> int:
         # The device is not known here; a CPU computes float16 as float32 unless asked otherwise.
         dtype = _choose_dtype(spec.dtype, files, torch.device("cpu"), [])
         num_bytes = num_elements(files) * dtype.itemsize
-        if dtype == stored_dtype(files):
-            # Kept as they were read, headers included.
-            num_bytes = max(num_bytes, sum(file.num_bytes for file in files))
-        # The native executor keeps its own, packed copies of the matrices.
-        return _BUFFER_BYTES + (num_bytes if spec.executor == "transformers" else 2 * num_bytes)
+        # The native executor packs matrices into tiles, the last of which may be partly empty.
+        return _BUFFER_BYTES + (num_bytes if spec.executor == "transformers" else num_bytes * 9 // 8)
 
 
 @contextmanager
@@ -106,8 +115,9 @@ class _Parts:
     dtype: torch.dtype
 
 
-def _load(folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: LoadProgress) -> TextModel:
-    notes: list[str] = []
+def _load(
+    folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: LoadProgress, notes: list[str]
+) -> TextModel:
     on_progress("checking", 0, 0)
     parts = _check(folder, root, spec, device, notes)
     total = sum(file.num_bytes for file in parts.files)
@@ -119,6 +129,8 @@ def _load(folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: L
         weights = reader.read(parts.files, on_bytes=lambda done: on_progress("reading", done, total))
         on_progress("building", total, total)
         model = _build(parts, weights, notes)
+        # The module holds what it uses; a second holder would keep what the native executor gives back.
+        weights.tensors.clear()
         tokenizer = tokenizing.result()
         length = max_length(
             parts.recipe,
@@ -128,6 +140,7 @@ def _load(folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: L
             notes=notes,
         )
         tokenizer.limit(length)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         executor = choose_executor(
             model,
             parts.recipe,
@@ -140,7 +153,7 @@ def _load(folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: L
         digests = weights.digests()
     for name, digest in digests.items():
         parts.folder.check_digest(name, digest)
-    info = _describe(parts, model, digests, executor.name, length, notes)
+    info = _describe(parts, model, digests, num_parameters, executor, length, notes)
     return TextModel(info, parts.recipe, tokenizer, executor, num_ids=num_token_ids(model))
 
 
@@ -184,15 +197,16 @@ def _build(parts: _Parts, weights: Weights, notes: list[str]) -> PreTrainedModel
     parts.config.use_cache = False
     try:
         # Keys of other versions are renamed and experts fused in there; equal types are taken as they are.
-        model, found = recipe.model_class.from_pretrained(
-            None,
-            config=parts.config,
-            state_dict=weights.tensors,
-            dtype=parts.dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **settings,
-        )
+        with _building:
+            model, found = recipe.model_class.from_pretrained(
+                None,
+                config=parts.config,
+                state_dict=weights.tensors,
+                dtype=parts.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **settings,
+            )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a family's constructor raises
@@ -219,7 +233,6 @@ def _build(parts: _Parts, weights: Weights, notes: list[str]) -> PreTrainedModel
         notes.append(f"{len(found['unexpected_keys'])} tensors of the checkpoint are not used")
     if recipe.task is Task.EMBED and model.config.is_encoder_decoder:
         model = model.get_encoder()
-    drop_unused(model)
     result: PreTrainedModel = model.to(parts.device).eval()
     return result
 
@@ -228,7 +241,8 @@ def _describe(
     parts: _Parts,
     model: PreTrainedModel,
     digests: dict[str, str],
-    executor: str,
+    num_parameters: int,
+    executor: Executor,
     length: int,
     notes: list[str],
 ) -> ModelInfo:
@@ -247,11 +261,11 @@ def _describe(
         pooling=recipe.pooling,
         normalized=recipe.normalize,
         fingerprint=_fingerprint(parts, digests),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_bytes=_held_bytes(model),
+        num_parameters=num_parameters,
+        num_bytes=_held_bytes(model) + executor.num_bytes,
         dtype=str(parts.dtype).removeprefix("torch."),
         device=str(parts.device),
-        executor=executor,
+        executor=executor.name,
         notes=tuple(notes),
     )
 

@@ -32,6 +32,9 @@ __all__ = ["NativeExecutor", "PackedEncoder"]
 class PackedEncoder(Protocol):
     """As ``server.worker.predict.native.NativeEncoder``."""
 
+    num_bytes: int
+    """Embedding tables, which it shares with the model, and all that it packed."""
+
     def forward(self, token_ids: Ids, position_ids: Ids, type_ids: Ids, lengths: Ids) -> torch.Tensor:
         """Return the last hidden states, float32 ``[tokens, hidden]``, of texts one after another."""
         ...
@@ -48,6 +51,10 @@ class NativeExecutor:
         self._recipe = recipe
         self._offset = position_offset(model)
         self._dtype = model.dtype
+        tables = {
+            id(t): t.weight.nbytes for t in model.base_model.modules() if isinstance(t, torch.nn.Embedding)
+        }
+        self.num_bytes = max(0, encoder.num_bytes - sum(tables.values()))
         self._head = None if recipe.task is Task.EMBED else _head_of(model)
 
     def run(self, batch: Sequence[EncodedText]) -> list[Floats]:
