@@ -333,7 +333,7 @@ class Bench:
             self.attempt(
                 f"encoder, {shape}, {dtype}",
                 lambda shape=shape, dtype=dtype: measure_encoder(  # type: ignore[misc]
-                    shape, dtype, timeout_s=timeout_s
+                    shape, dtype, folder=self._folder, timeout_s=timeout_s
                 ),
             )
         self.attempt(

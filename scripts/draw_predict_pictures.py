@@ -21,7 +21,7 @@ DOCUMENT = ROOT / "docs" / "predict.md"
 PANELS = (
     ("hit rate", "rows whose encoding is reused, %"),
     ("changed", "reuses with another prediction, %"),
-    ("mean us", "mean time of a request, µs"),
+    ("CPU us", "mean processor time, µs"),
 )
 WIDTH, HEIGHT, TOP = 250, 220, 60
 

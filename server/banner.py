@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from server.config import ServerConfig
 from server.engine.messages import EngineReady
-from server.predict.messages import PredictReady
+from server.predict.messages import ModelPhase, ModelStatus, PredictReady
 
 __all__ = ["banner"]
 
@@ -41,11 +41,17 @@ def banner(config: ServerConfig, ready: EngineReady, predict: PredictReady | Non
 
 
 def _predict(ready: PredictReady) -> str:
-    loaded = [f"{model.name}:{model.version}" for model in ready.preloaded]
+    loaded = [_version(model) for model in ready.preloaded if model.phase is ModelPhase.READY]
+    failed = [_version(model) for model in ready.preloaded if model.phase is ModelPhase.FAILED]
+    state = f"{', '.join(loaded) or 'none'} loaded" + (f"; {', '.join(failed)} FAILED" if failed else "")
     return (
-        f"{ready.num_models} model{'s' * (ready.num_models != 1)} ({', '.join(loaded) or 'none'} loaded), "
+        f"{ready.num_models} model{'s' * (ready.num_models != 1)} ({state}), "
         f"{ready.num_threads} thread{'s' * (ready.num_threads != 1)}"
     )
+
+
+def _version(model: ModelStatus) -> str:
+    return f"{model.name}:{model.version}"
 
 
 def _policy(config: ServerConfig, ready: EngineReady) -> str:

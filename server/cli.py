@@ -13,6 +13,7 @@ from server.config import SETTINGS, ConfigError, ServerConfig, resolve
 __all__ = ["main"]
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 _SERVE_DESCRIPTION = """\
 Serve a decoder-only language model over gRPC.
 
@@ -48,9 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(config: ServerConfig) -> int:
     # Late: `--help` and a wrong flag need none of this.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from server.app import serve
+    try:
+        from server.app import serve
 
-    return serve(config)
+        return serve(config)
+    except KeyboardInterrupt:  # before there was a loop to take the signal
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -139,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="server.predict_main", description="The predict process of kvserve."
     )
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front end")
+    # Its own threads would take the cores from the batch that is being computed.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return serve(parser.parse_args(argv).fd, build)
 
 

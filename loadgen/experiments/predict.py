@@ -13,7 +13,7 @@ import msgspec
 import kvserve
 from loadgen.experiments.figures import Figure
 from loadgen.experiments.predict_models import ENCODERS, write_encoder
-from loadgen.experiments.processes import run_json, serve
+from loadgen.experiments.processes import run_json, run_module, serve
 from loadgen.predict_load import LoadReport
 
 __all__ = ["measure_encoder", "measure_features", "measure_first_answer", "measure_texts"]
@@ -28,38 +28,66 @@ FEATURES_MODEL = "builtin-encoder"
 Outcome = tuple[list[Figure], dict[str, object]]
 
 
-def measure_encoder(shape: str, dtype: str, *, timeout_s: float) -> Outcome:
-    """Return how near the encoder comes to its bare matrix products, and to transformers; no server."""
-    said = run_json(
-        ["server.worker.predict.bench", "--shape", shape, "--dtype", dtype, "--json", "-"],
-        timeout_s=timeout_s,
-    )
-    return _encoder_figures(shape, dtype, said), said
+def measure_encoder(shape: str, dtype: str, *, folder: Path, timeout_s: float) -> Outcome:
+    """Return how near the encoder comes to its bare matrix products, and to transformers; no server.
+
+    Raises ``ProcessFailed``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{shape}-{dtype}.json"
+    arguments = ["--shape", shape, "--dtype", dtype, "--json", str(file)]
+    run_module(["server.worker.predict.bench", *arguments], timeout_s=timeout_s)
+    said: dict[str, Any] = msgspec.json.decode(file.read_bytes())
+    cases = {case["name"]: case for case in said["cases"]}
+    spread = next(case for name, case in cases.items() if name.startswith("spread"))
+    return [
+        *_product_figures(shape, dtype, spread),
+        *_peer_figures(shape, dtype, spread, cases["short"]),
+    ], said
 
 
-def _encoder_figures(shape: str, dtype: str, said: dict[str, Any]) -> list[Figure]:
-    """Return the figures of ``server.worker.predict.bench``."""
+def _product_figures(shape: str, dtype: str, case: dict[str, Any]) -> list[Figure]:
+    rate = case["product_operations"] / case["encoder_s"] / 1e9
+    shares = {"products": "products", "attention": "attention", "elementwise": "norm and activation"}
+    rest = ", ".join(f"{text} {case[f'{part}_share']:.0%}" for part, text in shares.items())
+    figures = []
+    for name, seconds in (
+        (f"torch's, {dtype}", case["torch_products_s"]),
+        ("torch's, float32", case["torch_float32_products_s"]),
+        ("our own", case["own_products_s"]),
+    ):
+        figures.append(
+            Figure(
+                experiment="encoder",
+                shape=f"{shape}, {dtype}, 8 to 256 tokens",
+                name=f"rate over the bare matrix products, {name}",
+                value=seconds / case["encoder_s"],
+                unit="",
+                target=MATRIX_RATE_TARGET,
+                ours=rate,
+                other=case["product_operations"] / seconds / 1e9,
+                other_name="GFLOP/s",
+                note=f"of the time: {rest}",
+            )
+        )
+    return figures[1:] if dtype == "float32" else figures
+
+
+def _peer_figures(shape: str, dtype: str, spread: dict[str, Any], short: dict[str, Any]) -> list[Figure]:
     return [
         Figure(
             experiment="encoder",
-            shape=f"{shape}, {dtype}",
-            name="rate over that of the bare matrix products",
-            value=said["encoder_gflop_per_s"] / said["products_gflop_per_s"],
-            unit="",
-            target=MATRIX_RATE_TARGET,
-            ours=said["encoder_gflop_per_s"],
-            other=said["products_gflop_per_s"],
-            other_name="GFLOP/s",
-            note=said.get("note", ""),
-        ),
-        Figure(
-            experiment="encoder",
-            shape=f"{shape}, {dtype}",
-            name="over transformers, one by one",
-            value=said["one_by_one_s"] / said["encoder_s"],
+            shape=f"{shape}, {dtype}, {text}",
+            name=f"over transformers (float32), {peer}",
+            value=case[field] / case["encoder_s"],
             unit="x",
-            target=ONE_BY_ONE_TARGET,
-        ),
+            target=ONE_BY_ONE_TARGET if field.endswith("one_by_one_s") and case is short else None,
+        )
+        for case, text in ((spread, "8 to 256 tokens"), (short, "64 inputs of 16 tokens"))
+        for field, peer in (
+            ("transformers_one_by_one_s", "one by one"),
+            ("transformers_padded_s", "padded and sorted"),
+        )
     ]
 
 
@@ -97,48 +125,50 @@ def measure_texts(
 
 
 def measure_features(*, seconds: float, num_loads: int, folder: Path, timeout_s: float) -> Outcome:
-    """Return what the built-in stateful encoder answers by second of processor time, and latencies."""
+    """Return what the built-in stateful encoder answers by second of processor time, and latencies.
+
+    Beside it what a bare method of grpcio's asyncio server takes here: no server in Python takes less.
+    """
+    floor = run_json(["loadgen.experiments.bare_grpc", "--seconds", f"{seconds / 2}"], timeout_s=timeout_s)
+    details: dict[str, object] = {"bare": floor}
+    figures = []
     with serve("builtin", ["--threads", "1"], log=folder / "server.log", timeout_s=timeout_s) as server:
-        load = ["--features", "32", "--seconds", f"{seconds}", "--concurrency", "32"]
-        with ThreadPoolExecutor(num_loads) as pool:
-            before, started = _cpu_s(server.process.pid), time.perf_counter()
-            loads = [
-                pool.submit(_load, server.target, FEATURES_MODEL, [*load, "--seed", str(seed)], timeout_s)
-                for seed in range(num_loads)
-            ]
-            runs = [each.result() for each in loads]
-            elapsed, used = time.perf_counter() - started, _cpu_s(server.process.pid) - before
-        calls = sum(run.calls for run in runs)
-        # The warm-up used processor time as well and is not among the calls: the figure is on the low side.
-        rate = calls / used
-        by_clock = sum(run.calls / run.elapsed_s for run in runs)
-        steady = _load(
-            server.target,
-            FEATURES_MODEL,
-            ["--features", "32", "--seconds", f"{seconds}", "--rate", f"{by_clock * 0.4:.1f}"],
-            timeout_s,
-        )
-        bursts = _load(
-            server.target,
-            FEATURES_MODEL,
-            ["--features", "32", "--seconds", f"{seconds}", "--burst", "128"],
-            timeout_s,
-        )
-    figures = [
-        Figure(
-            experiment="stateful encoder over gRPC",
-            shape="32 features, one row a call",
-            name="calls by second of one core's time",
-            value=rate,
-            unit="/s",
-            target=FEATURES_TARGET,
-            ours=by_clock,
-            other_name="",
-            note="'ours' by the clock; processor time of all of the server's processes, warm-up included",
-        ),
-        *_latencies("32 features", {"steady, 0.4 of that rate": steady, "bursts of 128": bursts}),
-    ]
-    return figures, {"runs": runs, "cpu_s": used, "elapsed_s": elapsed, "steady": steady, "bursts": bursts}
+
+        def load(*arguments: str) -> LoadReport:
+            return _load(server.target, FEATURES_MODEL, ["--features", "32", *arguments], timeout_s)
+
+        span = ["--seconds", f"{seconds}", "--warm-up", "0.1"]
+        by_clock = 0.0
+        for kind, arguments in (
+            ("stream", ["--stream", "--concurrency", "64"]),
+            ("unary", ["--concurrency", "32"]),
+        ):
+            with ThreadPoolExecutor(num_loads) as pool:
+                before = _cpu_s(server.process.pid)
+                seeds = [("--seed", str(seed)) for seed in range(num_loads)]
+                runs = list(pool.map(lambda seed: load(*span, *arguments, *seed), seeds))  # noqa: B023
+                used = _cpu_s(server.process.pid) - before
+            calls = sum(run.calls for run in runs)
+            by_clock = sum(run.calls / run.elapsed_s for run in runs)
+            details[kind] = {"runs": runs, "cpu_s": used}
+            figures.append(
+                Figure(
+                    experiment="stateful encoder over gRPC",
+                    shape=f"32 features, one row a request, {kind}",
+                    name="requests by second of one core's time",
+                    value=calls / used,
+                    unit="/s",
+                    target=FEATURES_TARGET,
+                    ours=by_clock,
+                    other=floor[kind],
+                    other_name="/s by a bare method",
+                    note="'ours' by the clock; time of all of the server's processes, warm-up included",
+                )
+            )
+        steady = load(*span, "--rate", f"{by_clock * 0.4:.1f}")
+        bursts = load(*span, "--burst", "128")
+    figures += _latencies("32 features", {"steady, 0.4 of the unary rate": steady, "bursts of 128": bursts})
+    return figures, details | {"steady": steady, "bursts": bursts}
 
 
 def measure_first_answer(*, repeats: int, folder: Path, timeout_s: float) -> Outcome:

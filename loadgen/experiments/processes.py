@@ -26,6 +26,7 @@ __all__ = [
     "Server",
     "run_json",
     "run_loadgen",
+    "run_module",
     "serve",
 ]
 
@@ -144,8 +145,8 @@ def serve(model: str, arguments: Sequence[str], *, log: Path, timeout_s: float =
                 return
 
 
-def run_json(arguments: Sequence[str], *, timeout_s: float) -> Any:
-    """Run ``python -m ...`` and return what it prints, as JSON. Raises ``ProcessFailed``."""
+def run_module(arguments: Sequence[str], *, timeout_s: float) -> str:
+    """Run ``python -m ...`` and return what it prints. Raises ``ProcessFailed``."""
     command = [sys.executable, "-m", *arguments]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -153,7 +154,12 @@ def run_json(arguments: Sequence[str], *, timeout_s: float) -> Any:
         raise ProcessFailed(f"{' '.join(arguments[:2])} took over {timeout_s:.0f} s") from None
     if finished.returncode != 0:
         raise ProcessFailed(f"{' '.join(arguments[:2])} failed: {finished.stderr.strip()[-500:]}")
-    return msgspec.json.decode(finished.stdout)
+    return finished.stdout
+
+
+def run_json(arguments: Sequence[str], *, timeout_s: float) -> Any:
+    """Run ``python -m ...`` and return what it prints, as JSON. Raises ``ProcessFailed``."""
+    return msgspec.json.decode(run_module(arguments, timeout_s=timeout_s))
 
 
 def run_loadgen(target: str, arguments: Sequence[str], *, timeout_s: float) -> RunReport:

@@ -136,7 +136,7 @@ def read_endpoint(value: object) -> str:
     """Return the address of a collector."""
     text = read_text(value)
     if re.fullmatch(r"https?://[^\s/]+", text) is None:
-        raise ValueError("must look like http://host:4317")
+        raise ValueError("must look like http://host:port")
     return text
 
 

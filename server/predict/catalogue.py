@@ -9,8 +9,9 @@
     a call with version ""       a share of them to each alias that has one (canaries), the rest to "latest"
     a call with version "2"      that version; what is no version is looked up among the aliases
 
-"latest" is the highest version that no share is routed to, unless an operator says otherwise. Versions are
-ordered as people count: 2 before 10, 1.9 before 1.10, 1.0-rc before 1.0.
+"latest" is the highest version that no share is routed to, unless an operator says otherwise. One that is
+added is not before it was loaded, and is gone again if it cannot be: it must not stand in for one that works.
+Versions are ordered as people count: 2 before 10, 1.9 before 1.10, 1.0-rc before 1.0.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class _Model:
         self.name = name
         self.versions: dict[str, CatalogueEntry] = {}
         self.aliases: dict[str, _Alias] = {}
+        self.on_trial: set[str] = set()
+        """Added, and not loaded yet."""
         self._latest = ""
 
     def changed(self) -> None:
@@ -82,7 +85,8 @@ class _Model:
         if not self._latest:
             trials = {alias.version for alias in self.aliases.values() if alias.share > 0}
             named = self.aliases.get(LATEST)
-            candidates = self.versions.keys() - trials or self.versions.keys()
+            proved = self.versions.keys() - self.on_trial or self.versions.keys()
+            candidates = proved - trials or proved
             self._latest = max(candidates, key=version_order) if named is None else named.version
         return self._latest
 
@@ -172,6 +176,7 @@ class Catalogue:
     def add(self, op: LoadModel) -> CatalogueEntry:
         """Add the version that ``op.source`` names; return it, also if it stands there already.
 
+        A new one is on trial until :meth:`confirm` or :meth:`withdraw`, unless it is loaded on first use.
         Raises ``InputError`` naming a field, also for a source that may not come from a client, or
         ``ModelRefusedError``: other contents under a version that is taken.
         """
@@ -202,10 +207,37 @@ class Catalogue:
             present = None if model is None else model.versions.get(version)
             if present is None:
                 self._put(entry)
+                if not op.lazy:
+                    self._models[op.model].on_trial.add(version)
+                    self._models[op.model].changed()
                 return entry
             if present.spec.source != op.source:
                 raise ModelRefusedError("this version stands in the catalogue, with another source")
             return present
+
+    def confirm(self, entry: CatalogueEntry) -> None:
+        """Note that a version has been loaded."""
+        with self._lock:
+            model = self._models.get(entry.spec.name)
+            if model is not None and entry.spec.version in model.on_trial:
+                model.on_trial.remove(entry.spec.version)
+                model.changed()
+
+    def withdraw(self, entry: CatalogueEntry) -> None:
+        """Take a version that is on trial out again, unless an alias names it. Others stay."""
+        with self._lock:
+            name, version = entry.spec.name, entry.spec.version
+            model = self._models.get(name)
+            if model is None or version not in model.on_trial:
+                return
+            model.on_trial.remove(version)
+            model.changed()
+            if any(alias.version == version for alias in model.aliases.values()):
+                return
+            del model.versions[version]
+            self._num_entries -= 1
+            if not model.versions:
+                del self._models[name]
 
     def set_alias(self, op: SetAlias) -> None:
         """Set, move or take away an alias. Raises ``InputError`` or ``UnknownModelError``."""

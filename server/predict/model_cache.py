@@ -203,7 +203,9 @@ class ModelCache:
 
     def _slot(self, entry: CatalogueEntry) -> Slot:
         slot = self._slots.get(entry.key)
-        if slot is None:
+        is_idle = slot is not None and slot.phase in (ModelPhase.UNLOADED, ModelPhase.FAILED)
+        # The catalogue may have withdrawn a version and have another under its number.
+        if slot is None or (is_idle and slot.entry != entry):
             slot = self._slots[entry.key] = Slot(entry)
         return slot
 

@@ -109,8 +109,10 @@ class OpsDesk:
 
         def done(answer: ModelStatus | PredictError) -> None:
             if isinstance(answer, PredictError):
+                self._catalogue.withdraw(entry)
                 self._send(op_failed(op_id, answer))
             else:
+                self._catalogue.confirm(entry)
                 self._send(OpDone(op_id, OneModel(self._named(answer))))
 
         self._cache.load(entry, on_progress, done)

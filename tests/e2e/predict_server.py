@@ -1,4 +1,4 @@
-"""What tests of Predict over a real server share: starting one, its metrics, what it holds, what it must not say."""
+"""What tests of Predict over a real server share: starting one, its metrics, what it must not tell."""
 
 from __future__ import annotations
 

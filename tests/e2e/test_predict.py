@@ -1,4 +1,4 @@
-"""Predict over a real server: every family as transformers alone computes it, and what is refused, and how."""
+"""Predict over a real server: every family as transformers alone computes it; what is refused, and how."""
 
 from __future__ import annotations
 
@@ -218,13 +218,17 @@ class Alone:
         np.testing.assert_allclose(found, wanted.max(-1), rtol=0, atol=TOLERANCE)
 
 
+@functools.cache
+def alone(root: Path, name: str) -> Alone:
+    return Alone(root / ZOO[name].kind, ZOO[name])
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_answers_are_those_of_transformers_alone_whatever_the_batch(zoo: Zoo, name: str) -> None:
-    alone = Alone(zoo.root / ZOO[name].kind, ZOO[name])
     answers = zoo.answers[name]
     assert {item for item, _, _ in answers} == set(inputs_of(name))
     for item, prediction, _ in answers:
-        alone.check(item, prediction)
+        alone(zoo.root, name).check(item, prediction)
 
 
 def test_callers_shared_batches(zoo: Zoo) -> None:
@@ -251,9 +255,8 @@ async def test_stream_answers_each_request_of_any_model(zoo: Zoo, client: AsyncC
         seen = {outcome.request_id: outcome async for outcome in outcomes}
     assert len(seen) == len(requests)
     for name in ("bert", "price", "vectors-mean"):
-        alone = Alone(zoo.root / ZOO[name].kind, ZOO[name])
         for number, text in enumerate(TEXTS):
-            alone.check(text, seen[f"{name} {number}"].result[0])
+            alone(zoo.root, name).check(text, seen[f"{name} {number}"].result[0])
     assert isinstance(seen["nobody 0"].error, kvserve.NotFound)
 
 
@@ -290,7 +293,7 @@ async def unharmed(zoo: Zoo, client: AsyncClient) -> AsyncIterator[None]:
     """Check that what a test did left nothing behind: the same answers, files and memory."""
 
     async def answers() -> list[float]:
-        texts = await client.predict(TEXTS, model="bert", top_k=0)
+        texts = await client.predict(TEXTS, model="bert", top_k=0, output=kvserve.Classification)
         rows = await client.predict_features(ROWS, model="builtin-encoder", reuse=False)
         return [s.score for each in texts for s in each.scores] + [each.prediction for each in rows]
 
@@ -444,7 +447,9 @@ async def test_folder_that_must_not_be_loaded_is_refused(
 
 
 async def test_folder_with_a_manifest_that_fits_is_loaded(client: AsyncClient) -> None:
-    intact = await client.predict(TEXTS, model="intact", top_k=0)
-    plain = await client.predict(TEXTS, model="bert", top_k=0)
+    intact, plain = [
+        await client.predict(TEXTS, model=name, top_k=0, output=kvserve.Classification)
+        for name in ("intact", "bert")
+    ]
     for a, b in zip(intact, plain, strict=True):
-        assert [s.score for s in a.scores] == pytest.approx([s.score for s in b.scores], abs=TOLERANCE)  # type: ignore[attr-defined]
+        assert [s.score for s in a.scores] == pytest.approx([s.score for s in b.scores], abs=TOLERANCE)

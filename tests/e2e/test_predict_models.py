@@ -1,15 +1,18 @@
-"""Models in bounded memory, over a real server: who is loaded, who has to go, versions, sources, unloading."""
+"""Models in bounded memory, over a real server: who is loaded, who has to go, versions, sources."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import kvserve
@@ -72,6 +75,11 @@ async def scores(client: AsyncClient, model: str, **options: Any) -> tuple[str, 
     return result.version, [score.score for each in result for score in each.scores]
 
 
+def near(wanted: tuple[str, list[float]]) -> Any:
+    """Return what equals answers of the same version in another batch."""
+    return wanted[0], pytest.approx(wanted[1], abs=1e-6)
+
+
 async def status(client: AsyncClient, name: str, version: str = "1") -> kvserve.ModelStatus:
     [found] = [m for m in await client.models.list() if (m.name, m.version) == (name, version)]
     return found
@@ -110,21 +118,19 @@ async def test_least_recently_used_model_makes_room_and_comes_back_as_it_was(
 
 
 async def test_first_requests_that_come_together_load_once(yard: Yard, client: AsyncClient) -> None:
-    async def num_answered() -> float:
-        return await asyncio.to_thread(yard.server.metric, "calls_total", model="dog")
-
+    metric = yard.server.metric
     await scores(client, "ant")
-    await until(lambda: yard.server.metric("calls_total", model="ant") > 0)
-    before = yard.server.metric("model_loads_total"), await num_answered()
+    # Snapshots are a second apart: wait for the one that knows the last call, and so all loads before it.
+    num_calls = (await status(client, "ant")).num_requests
+    await until(lambda: metric("calls_total", model="ant") == num_calls)
+    num_loads = metric("model_loads_total")
     assert await states(client, "dog") == [ModelState.UNLOADED]
     results = await asyncio.gather(*(scores(client, "dog") for _ in range(24)))
-    assert len({version for version, _ in results}) == 1
-    for _, values in results:
-        assert values == pytest.approx(results[0][1], abs=1e-6)
-    # One snapshot has both: the calls are counted after the load that they waited for.
-    await until(lambda: yard.server.metric("calls_total", model="dog") == before[1] + 24)
-    assert yard.server.metric("model_loads_total") == before[0] + 1
-    assert yard.server.metric("model_loaded", model="dog") == 1
+    for result in results:
+        assert result == near(results[0])
+    await until(lambda: metric("calls_total", model="dog") == 24)
+    assert metric("model_loads_total") == num_loads + 1
+    assert metric("model_loaded", model="dog") == 1
 
 
 async def test_model_larger_than_the_memory_is_refused_and_nobody_else_suffers(
@@ -183,7 +189,7 @@ async def test_model_in_use_is_unloaded_only_when_its_calls_have_ended(client: A
     with pytest.raises(kvserve.FailedPrecondition):
         await scores(client, "ant")
     assert (await client.models.load("ant")).status.state is ModelState.READY
-    assert await scores(client, "ant") == (wanted[0], pytest.approx(wanted[1], abs=1e-6))
+    assert await scores(client, "ant") == near(wanted)
 
 
 # ---- versions ----
@@ -245,7 +251,7 @@ async def test_model_below_the_root_is_added_at_run_time(yard: Yard, client: Asy
     second = (await client.models.load("guest", source="ant")).status
     assert second.version == "2"
     assert (await scores(client, "guest"))[0] == "2"
-    assert await scores(client, "guest", version="1") == (first[0], pytest.approx(first[1], abs=1e-6))
+    assert await scores(client, "guest", version="1") == near(first)
     vectors = (await client.models.load("vectors", source="ant", task="embed", pooling="cls")).status
     assert vectors.task is kvserve.PredictTask.EMBED
     assert (await client.embed(TEXTS, model="vectors")).num_dimensions == 32
@@ -285,9 +291,47 @@ async def test_source_that_leads_elsewhere_is_refused(yard: Yard, client: AsyncC
     else:
         assert error.reason == "MODEL_REFUSED"
     check_tells_no_path(error, yard.root, yard.root.parent)
-    with pytest.raises(kvserve.Error):
+    with pytest.raises(kvserve.NotFound):
         await client.predict(["a"], model="trick")
-    assert await scores(client, "ant") == (wanted[0], pytest.approx(wanted[1], abs=1e-6))
+    assert "trick" not in {model.name for model in await client.models.list()}
+    assert await scores(client, "ant") == near(wanted)
+
+
+async def test_version_that_cannot_be_loaded_does_not_take_the_place_of_the_latest(
+    client: AsyncClient,
+) -> None:
+    wanted = await scores(client, "bee")
+    for source in ("nowhere", "way-out"):
+        with pytest.raises(kvserve.FailedPrecondition):
+            await client.models.load("bee", source=source)
+        assert await scores(client, "bee") == near(wanted)
+    # Its number is free again.
+    added = (await client.models.load("bee", version="2", source="cat")).status
+    assert (added.state, added.version) == (ModelState.READY, "2")
+    assert (await scores(client, "bee"))[1] == pytest.approx((await scores(client, "cat"))[1], abs=1e-6)
+
+
+async def test_added_version_is_there_again_after_the_process_was_lost(
+    yard: Yard, client: AsyncClient
+) -> None:
+    await client.models.load("ghost", version="1", source="ant")
+    await client.models.load("ghost", version="2", source="dog")
+    await client.models.set_alias("ghost", "old", "1")
+    wanted = {version: await scores(client, "ghost", version=version) for version in ("", "old")}
+    assert [version for version, _ in wanted.values()] == ["2", "1"]
+    lost = yard.server.process.predict()
+    os.kill(lost.pid, signal.SIGKILL)
+
+    async def is_back() -> bool:
+        try:
+            await client.models.list()
+        except kvserve.Unavailable:
+            return False
+        return not lost.is_running() or lost.status() == psutil.STATUS_ZOMBIE
+
+    await until(is_back, timeout_s=60)
+    for version, before in wanted.items():
+        assert await scores(client, "ghost", version=version) == near(before)
 
 
 @pytest.mark.parametrize("name", ["../ant", "a/b", "latest\n", ".hidden", "", "x" * 200])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvserve import Client
+from kvserve import Classification, Client
 from tests.e2e.server_process import server
 from tests.model.predict_models import make_model
 
@@ -33,8 +33,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with server("--port", "0", "--model-root", str(root), "--threads", "1") as running:
         running.wait_ready()
         with Client(f"127.0.0.1:{running.port}") as client:
-            ours = client.predict(TEXTS, model="topic", top_k=0)
-            pairs = client.predict(list(zip(TEXTS[:2], TEXTS[2:], strict=True)), model="topic", top_k=0)
+            ours = client.predict(TEXTS, model="topic", top_k=0, output=Classification)
+            joined = list(zip(TEXTS[:2], TEXTS[2:], strict=True))
+            pairs = client.predict(joined, model="topic", top_k=0, output=Classification)
             finished = subprocess.run(
                 [sys.executable, str(SESSION), str(running.port), "topic", "builtin-encoder"],
                 capture_output=True,

@@ -1,5 +1,7 @@
-"""What an unmodified ``tritonclient`` sees of a server, as JSON on standard output. Run in a process of its own:
-the client brings its own copy of the protocol, and two copies cannot be loaded together.
+"""What an unmodified ``tritonclient`` sees of a server, as JSON on standard output.
+
+Run in a process of its own: the client brings its own copy of the protocol, and two copies cannot be loaded
+together.
 
     python triton_session.py PORT CLASSIFIER FEATURES
 """
@@ -39,7 +41,7 @@ def failure(call: Any, *args: Any, **kwargs: Any) -> list[str]:
 
 
 def stream(client: Any, classifier: str) -> list[Any]:
-    """Send five requests of which one is bad; return ids with labels or errors in the order of the answers."""
+    """Send five requests of which one is bad; return ids with labels or errors, in the order of answers."""
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     client.start_stream(callback=lambda result, error: answers.put((result, error)))
     for index, text in enumerate([*TEXTS, "x"]):

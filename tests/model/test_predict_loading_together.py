@@ -14,10 +14,8 @@ from tests.model.predict_support import load
 torch.set_num_threads(2)
 
 
-def test_models_loaded_at_once_do_not_disturb_each_other(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers patches its classes while it builds: T5 then missed its tied weights, and all later ones."""
+def test_models_loaded_at_once_do_not_disturb_each_other(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers patches its classes while it builds: T5 missed its tied weights, and so did all later."""
     kinds = ["t5", "bert", "t5-embed", "gpt2"]
     folders = [make_model(kind, tmp_path / kind) for kind in kinds]
     original = PreTrainedModel.__dict__["tie_weights"]

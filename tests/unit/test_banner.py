@@ -9,6 +9,7 @@ import msgspec
 from server.banner import banner
 from server.config import ServerConfig
 from server.engine.fake import fake_ready
+from server.predict.messages import ModelPhase, ModelStatus, PredictReady
 
 
 def lines_of(config: ServerConfig, **facts: object) -> list[str]:
@@ -36,3 +37,13 @@ def test_tiers_trials_and_snapshots_are_named_and_no_credentials() -> None:
         "snapshots /srv/snapshots",
         "note      one",
     ]
+
+
+def test_models_that_could_not_be_preloaded_are_not_called_loaded() -> None:
+    states = (("minilm", ModelPhase.READY), ("hurt", ModelPhase.FAILED))
+    preloaded = tuple(
+        ModelStatus(name=name, version="1", phase=phase, source_kind="folder") for name, phase in states
+    )
+    predict = PredictReady(num_models=3, num_threads=1, device="cpu", preloaded=preloaded)
+    lines = banner(ServerConfig(), fake_ready(), predict)
+    assert "predict   3 models (minilm:1 loaded; hurt:1 FAILED), 1 thread" in lines

@@ -141,11 +141,42 @@ def test_version_is_added_while_serving() -> None:
     models = catalogue(spec("a", "1"))
     added = models.add(LoadModel("a", source="other", task="embed", pooling="cls"))
     assert (added.key.version, added.spec.task, added.spec.pooling) == ("2", "embed", "cls")
+    assert models.route("a").key.version == "1"
+    assert models.route("a", "2") == added
+    models.confirm(added)
     assert models.route("a").key.version == "2"
     assert models.add(LoadModel("a", "2", source="other")) == added
     with pytest.raises(ModelRefusedError, match="another source"):
         models.add(LoadModel("a", "2", source="third"))
     assert models.add(LoadModel("new", source="new")).key.version == "1"
+
+
+def test_version_that_could_not_be_loaded_is_gone_again() -> None:
+    models = catalogue(spec("a", "1"))
+    models.withdraw(models.add(LoadModel("a", source="bad")))
+    assert [entry.key.version for entry in models.entries("a")] == ["1"]
+    good = models.add(LoadModel("a", "2", source="good"))
+    models.confirm(good)
+    models.withdraw(good)  # it failed later: it was loaded once, and stays
+    models.withdraw(models.route("a", "1"))
+    assert [entry.spec.source for entry in models.entries("a")][1:] == ["good"]
+    models.withdraw(models.add(LoadModel("new", source="bad")))
+    with pytest.raises(UnknownModelError):
+        models.route("new")
+
+
+def test_version_that_an_alias_names_stays_though_it_could_not_be_loaded() -> None:
+    models = catalogue(spec("a", "1"))
+    added = models.add(LoadModel("a", source="bad"))
+    models.set_alias(SetAlias("a", "next", "2"))
+    models.withdraw(added)
+    assert models.route("a", "next") == added
+
+
+def test_only_version_is_the_latest_while_it_is_loaded() -> None:
+    models = catalogue()
+    added = models.add(LoadModel("new", source="new"))
+    assert models.route("new") == added
 
 
 @pytest.mark.parametrize(

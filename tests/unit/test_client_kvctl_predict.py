@@ -333,7 +333,7 @@ def test_aliases_are_set_and_taken_away(kvctl):
         admin.SetModelAliasRequest(model="news", alias="canary", version="2", traffic_share=0.1),
         admin.SetModelAliasRequest(model="news", alias="canary"),
     ]
-    for arguments in (("news", "canary"), ("news", "canary", "2", "--remove")):
+    for arguments in (("news", "canary"), ("news", "canary", ""), ("news", "canary", "2", "--remove")):
         assert kvctl("models", "alias", *arguments)[2] == (
             "kvctl: give the version that the alias is to name, or --remove\n"
         )
@@ -462,3 +462,9 @@ def test_unloading_one_version_or_all(kvctl):
     assert kvctl.transport.requests[1] == admin.UnloadModelRequest(
         model="news", version="2", drain={"seconds": 5}
     )
+
+
+def test_reuse_of_a_model_that_is_not_loaded_is_said_to_be_nothing(kvctl):
+    kvctl.answers["GetReuse"] = lambda request: admin.GetReuseResponse(model="risk", version="1", kind="features")
+    code, out, err = kvctl("models", "reuse", "risk")
+    assert (code, out, err) == (0, "", "risk 1 is not loaded; there is nothing to report\n")

@@ -37,7 +37,8 @@ def topic_vector(topic: int) -> np.ndarray:
 
 def moved_by(variant: int) -> np.ndarray:
     """Return something like noise, quickly."""
-    return MOVES[variant % len(MOVES)] * SIGNS[variant // len(MOVES) % len(SIGNS)]
+    moved: np.ndarray = MOVES[variant % len(MOVES)] * SIGNS[variant // len(MOVES) % len(SIGNS)]
+    return moved
 
 
 @dataclass

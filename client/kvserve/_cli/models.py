@@ -221,7 +221,8 @@ def _unload(parsed: argparse.Namespace, client: kvserve.Client) -> int:
 
 
 def _alias(parsed: argparse.Namespace, client: kvserve.Client) -> int:
-    if (parsed.version is None) != parsed.remove:
+    # An empty version takes the alias away: an unset variable of a script must not.
+    if parsed.version == "" or (parsed.version is None) != parsed.remove:
         raise ValueError("give the version that the alias is to name, or --remove")
     versions = client.models.set_alias(parsed.name, parsed.alias, parsed.version, traffic_share=parsed.share)
     if parsed.json:

@@ -20,6 +20,8 @@ def show_reuse(parsed: argparse.Namespace, client: kvserve.Client) -> int:
     if parsed.json:
         write_json(report)
         return 0
+    if not report.policies:
+        note(f"{report.model} {report.version} is not loaded; there is nothing to report")
     for policy in report.policies:
         say(f"policy {policy.name} of {report.model} {report.version}, {report.kind}")
         lines = _policy_lines(policy)
@@ -53,7 +55,7 @@ def _policy_lines(policy: kvserve.ReusePolicy) -> dict[str, str]:
         lines["key"] = f"the first {policy.num_key_features} features{width}"
     if policy.threshold:
         lines["threshold"] = (
-            "above 1: nothing is reused yet" if policy.threshold > 1 else f"{policy.threshold:.4f}"
+            "above 1: only exact repeats are reused yet" if policy.threshold > 1 else f"{policy.threshold:.4f}"
         )
     if policy.max_error is not None:
         lines["certificate"] = f"error at most {policy.max_error:g}"

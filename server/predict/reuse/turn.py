@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from server.predict.errors import ComputeError
 from server.predict.reuse.compare import cosine_and_l2, is_changed
@@ -25,6 +27,8 @@ from server.predict.reuse.policy import Lookup, Outcome, ReusePolicy
 from server.predict.reuse.predictor import Certificate, Floats, Predictor, Singles
 
 __all__ = ["Answer", "FeatureRow", "Pass"]
+
+Number = TypeVar("Number", bound=np.generic)
 
 log = logging.getLogger("kvserve.predict.reuse")
 
@@ -52,10 +56,7 @@ class Pass:
 
     def __init__(self, rows: Sequence[FeatureRow]) -> None:
         self.rows = rows
-        first = rows[0].values
-        self.values: Singles = (
-            first.reshape(1, -1) if len(rows) == 1 else np.stack([row.values for row in rows])
-        )
+        self.values: Singles = _together([row.values for row in rows])
         self.lookups: list[Lookup | None] = []
         self.fresh: list[int] = []
         """Rows that go through the encoder, ascending."""
@@ -102,10 +103,10 @@ class Pass:
         if not entries:
             return
         bounds = certificate.bounds(
-            np.stack([entry.anchor for entry in entries if entry.anchor is not None]),
-            np.stack([entry.row for entry in entries]),
-            np.stack([entry.encoding for entry in entries]),
-            self.values[[number for number, _, _ in asked]],
+            _together([entry.anchor for entry in entries if entry.anchor is not None]),
+            _together([entry.row for entry in entries]),
+            _together([entry.encoding for entry in entries]),
+            self.values if len(asked) == len(self.rows) else self.values[[number for number, _, _ in asked]],
         )
         for (_, lookup, max_error), bound in zip(asked, bounds.tolist(), strict=True):
             if not bound <= max_error:  # not a number certifies nothing
@@ -213,6 +214,11 @@ class Pass:
         if not all(0.0 <= value <= 1.0 for value in values):  # not a number is not
             raise ComputeError("the model gave a prediction that is not between 0 and 1")
         return values
+
+
+def _together(rows: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+    """Return [n, F] of n rows; of a single one without a copy, which is what most batches have."""
+    return rows[0].reshape(1, -1) if len(rows) == 1 else np.stack(rows)
 
 
 def _guarded(compute: Callable[[], Singles]) -> Singles:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import msgspec
@@ -42,7 +43,7 @@ from server.worker.predict.executors import Executor, num_token_ids, position_of
 from server.worker.predict.folder import ModelFolder
 from server.worker.predict.model import TextModel
 from server.worker.predict.recipe import Recipe, max_length, read_config, read_recipe
-from server.worker.predict.tokenizer import load_tokenizer
+from server.worker.predict.tokenizer import TextTokenizer, TokenizerFiles, read_tokenizer_files
 from server.worker.predict.weights import WeightReader, Weights
 
 __all__ = ["load_text_model", "text_model_bytes"]
@@ -54,6 +55,10 @@ _building = threading.Lock()
 """transformers patches its own classes while it builds a model (``tie_weights``, the default dtype): of two
 at once one misses its tied weights, and the patches may stay for good."""
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+_ONE_AT_A_TIME = Lock()
+"""transformers imports families when they are first used; from two threads at once such imports can see each
+other half done. Reading is left outside: it is what takes long."""
 
 logger = logging.getLogger(__name__)
 hf_logging.disable_progress_bar()
@@ -111,6 +116,7 @@ class _Parts:
     files: list[WeightFile]
     config: PreTrainedConfig
     recipe: Recipe
+    tokenizer: TokenizerFiles
     device: torch.device
     dtype: torch.dtype
 
@@ -119,37 +125,30 @@ def _load(
     folder: Path, root: Path, spec: ModelSpec, device: str, on_progress: LoadProgress, notes: list[str]
 ) -> TextModel:
     on_progress("checking", 0, 0)
-    parts = _check(folder, root, spec, device, notes)
+    with _ONE_AT_A_TIME:
+        parts = _check(folder, root, spec, device, notes)
     total = sum(file.num_bytes for file in parts.files)
     with WeightReader() as reader, ThreadPoolExecutor(1, thread_name_prefix="kvserve-tokenizer") as pool:
-        tokenizing = pool.submit(
-            load_tokenizer, parts.folder, parts.config, lower_case=parts.recipe.lower_case
-        )
+        tokenizing = pool.submit(parts.tokenizer.build, lower_case=parts.recipe.lower_case)
         on_progress("reading", 0, total)
         weights = reader.read(parts.files, on_bytes=lambda done: on_progress("reading", done, total))
         on_progress("building", total, total)
-        model = _build(parts, weights, notes)
-        # The module holds what it uses; a second holder would keep what the native executor gives back.
-        weights.tensors.clear()
-        tokenizer = tokenizing.result()
-        length = max_length(
-            parts.recipe,
-            parts.config,
-            wanted=spec.max_length,
-            offset=position_offset(model),
-            notes=notes,
-        )
-        tokenizer.limit(length)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        executor = choose_executor(
-            model,
-            parts.recipe,
-            tokenizer,
-            dtype=parts.dtype,
-            wanted=spec.executor,
-            max_length=length,
-            notes=notes,
-        )
+        with _ONE_AT_A_TIME:
+            model = _build(parts, weights, notes)
+            # The module holds what it uses; a second holder would keep what the native executor gives back.
+            weights.tensors.clear()
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            tokenizer = tokenizing.result()
+            length = _limit(tokenizer, parts, model, spec, notes)
+            executor = choose_executor(
+                model,
+                parts.recipe,
+                tokenizer,
+                dtype=parts.dtype,
+                wanted=spec.executor,
+                max_length=length,
+                notes=notes,
+            )
         digests = weights.digests()
     for name, digest in digests.items():
         parts.folder.check_digest(name, digest)
@@ -157,11 +156,21 @@ def _load(
     return TextModel(info, parts.recipe, tokenizer, executor, num_ids=num_token_ids(model))
 
 
+def _limit(
+    tokenizer: TextTokenizer, parts: _Parts, model: PreTrainedModel, spec: ModelSpec, notes: list[str]
+) -> int:
+    offset = position_offset(model)
+    length = max_length(parts.recipe, parts.config, wanted=spec.max_length, offset=offset, notes=notes)
+    tokenizer.limit(length)
+    return length
+
+
 def _check(folder: Path, root: Path, spec: ModelSpec, device: str, notes: list[str]) -> _Parts:
     checked = ModelFolder(folder, root=root, manifest=spec.sha256)
     files = read_weight_files(folder, root=root)
     config = read_config(checked, files, notes)
     recipe = read_recipe(checked, config, spec, notes)
+    tokenizer = read_tokenizer_files(checked, config)
     place = choose_device(device)
     dtype = _choose_dtype(spec.dtype, files, place, notes)
     needed = sum(file.num_bytes for file in files)
@@ -169,7 +178,7 @@ def _check(folder: Path, root: Path, spec: ModelSpec, device: str, notes: list[s
         needed += num_elements(files) * dtype.itemsize
     if needed > (free := available_host_bytes()):
         raise ModelLoadError(f"the weights take {needed >> 20} MiB; {free >> 20} MiB are free")
-    return _Parts(checked, files, config, recipe, place, dtype)
+    return _Parts(checked, files, config, recipe, tokenizer, place, dtype)
 
 
 def _choose_dtype(

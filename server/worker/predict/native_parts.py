@@ -224,7 +224,7 @@ def _check(parts: EncoderParts) -> None:
         # A subclass computes something else (quantised, adapted).
         if type(module) is not kind:
             raise UnsupportedEncoderError(f"a {type(module).__name__} where {kind.__name__} belongs")
-        weight: torch.Tensor | None = module.weight
+        weight: Any = module.weight
         if weight is None or weight.device.type != "cpu" or not weight.dtype.is_floating_point:
             raise UnsupportedEncoderError("weights that are not floating point numbers on the CPU")
     hidden, inner, width = parts.hidden, parts.intermediate, parts.words.embedding_dim

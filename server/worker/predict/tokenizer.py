@@ -25,7 +25,7 @@ from server.worker.errors import ModelLoadError
 from server.worker.predict.folder import ModelFolder
 from server.worker.predict.literal import control_ids, without_control_tokens
 
-__all__ = ["EncodedText", "TextTokenizer", "load_tokenizer"]
+__all__ = ["EncodedText", "TextTokenizer", "TokenizerFiles", "read_tokenizer_files"]
 
 _MAX_CHARS_PER_TOKEN = 1024
 """Longer than any token of a real vocabulary; bounds the work on a text that is surely too long."""
@@ -169,20 +169,34 @@ def _spans(encoding: Encoding) -> tuple[tuple[int, int, int, int], ...]:
     )
 
 
-def load_tokenizer(folder: ModelFolder, config: PreTrainedConfig, *, lower_case: bool) -> TextTokenizer:
-    """Return the folder's tokenizer. Raises ``ModelLoadError``."""
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a folder says about its tokenizer."""
+
+    tokenizer_json: bytes
+    gives_types: bool
+    unknown: str | None
+    """The token for words that the vocabulary lacks."""
+
+    def build(self, *, lower_case: bool) -> TextTokenizer:
+        """Make the tokenizer; any thread. Raises ``ModelLoadError``."""
+        try:
+            tokenizer = Tokenizer.from_buffer(self.tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            logger.info("reading tokenizer.json failed", exc_info=error)
+            raise ModelLoadError("tokenizer.json can not be used") from None
+        return TextTokenizer(
+            tokenizer, gives_types=self.gives_types, unknown=self.unknown, lower_case=lower_case
+        )
+
+
+def read_tokenizer_files(folder: ModelFolder, config: PreTrainedConfig) -> TokenizerFiles:
+    """Read, and convert where there is no ``tokenizer.json``. Raises ``ModelLoadError``."""
     raw = folder.read("tokenizer.json")
     if raw is None:
         raw = _convert(folder)
-    try:
-        tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises bare Exception
-        logger.info("reading tokenizer.json failed", exc_info=error)
-        raise ModelLoadError("tokenizer.json can not be used") from None
     gives_types = "token_type_ids" in _input_names(folder, config) and _has_types(config)
-    return TextTokenizer(
-        tokenizer, gives_types=gives_types, unknown=_unknown_token(folder), lower_case=lower_case
-    )
+    return TokenizerFiles(raw, gives_types, _unknown_token(folder))
 
 
 def _unknown_token(folder: ModelFolder) -> str | None:
