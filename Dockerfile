@@ -19,7 +19,7 @@ COPY client/ client/
 COPY kvcore/ kvcore/
 COPY loadgen/ loadgen/
 COPY server/ server/
-RUN pip install --no-cache-dir --disable-pip-version-check ${PIP_ARGS} -c constraints.txt ./client '.[otlp,redis,zstd]'
+RUN pip install --no-cache-dir --disable-pip-version-check ${PIP_ARGS} -c constraints.txt ./client '.[mlflow,otlp,redis,zstd]'
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
 # The CPU kernels are compiled at the first start, for the very processor they run on (a build machine cannot know it):

@@ -44,7 +44,10 @@ class Loader:
         self._clock = clock
         self._sources = Sources(model_root=options.model_root, mlflow_uri=options.mlflow_uri)
         self._checked: dict[tuple[str, str], SourceFolder] = {}
-        """Found and checked for ``size``, to be loaded next: a folder's digests are computed once."""
+        """Found and checked for ``size``, to be loaded next: a folder's digests are computed once.
+
+        One for each version at most: should there be no room for it, the next ``size`` finds it anew.
+        """
         self._torch_lock = threading.Lock()
         self._torch_is_ready = False
 
@@ -56,6 +59,7 @@ class Loader:
     def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
         if spec.source is None:
             return None
+        self._checked.pop((spec.name, spec.version), None)
         found = self._sources.resolve(spec, on_progress=on_progress)
         self._prepare_torch()
         from server.worker.predict import text_model_bytes

@@ -193,6 +193,8 @@ class ReusePolicy:
     hit_s: float
     """Mean time of a row or text with reuse."""
     miss_s: float
+    stopped: bool
+    """Reuse has stopped for the policy as a whole; it is probed and taken up again."""
 
     @property
     def hit_rate(self) -> float | None:

@@ -20,7 +20,8 @@ BUILTIN_FEATURES = "builtin-encoder"
 
 def builtin_spec() -> ModelSpec:
     """Return the built-in stateful encoder."""
-    return ModelSpec(name=BUILTIN_FEATURES, features=FeatureSpec())
+    # Served everywhere: what it may keep (about 28 MB) must not crowd out anybody's models.
+    return ModelSpec(name=BUILTIN_FEATURES, features=FeatureSpec(max_entries=20_000))
 
 
 def read_predict_models(value: object) -> tuple[ModelSpec, ...] | Path:
@@ -71,5 +72,7 @@ def _located(spec: ModelSpec, model_root: Path | None) -> ModelSpec:
     if source is None or source.startswith(("hf:", "models:")):
         return spec
     if source.startswith(("/", "./", "../", "~")) or source in (".", "..") or model_root is None:
-        return msgspec.structs.replace(spec, source=os.path.abspath(Path(source).expanduser()))
+        # Links stay as they are written: where one leads is decided at each load.
+        folder = os.path.abspath(Path(source).expanduser())  # noqa: PTH100
+        return msgspec.structs.replace(spec, source=folder)
     return spec

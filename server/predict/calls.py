@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from server.predict.catalogue import CatalogueEntry, ModelKey
 from server.predict.errors import InputError, WrongTaskError
 from server.predict.messages import CallStats, Inputs, ModelInfo, Output, PredictAnswer, PredictCall, Task
@@ -98,6 +100,11 @@ class OpenCall:
         if len(self.items) != start + piece.count:
             raise RuntimeError(f"the model prepared {len(self.items) - start} of {piece.count} inputs")
         return len(self.items) == self.inputs.count
+
+    def forget_inputs(self) -> None:
+        """Let go of what was to be computed: it has ended, and who waits for a load still holds the call."""
+        self.inputs = Inputs()
+        self.request = msgspec.structs.replace(self.request, inputs=self.inputs)
 
     def note_prepared(self, now_s: float) -> None:
         """Take in that all its inputs are prepared."""

@@ -90,6 +90,9 @@ class _Model:
             self._latest = max(candidates, key=version_order) if named is None else named.version
         return self._latest
 
+    def knows(self, version: str) -> bool:
+        return version == LATEST or version in self.versions or version in self.aliases
+
     def find(self, version: str) -> CatalogueEntry:
         if version == LATEST:
             version = self.latest()
@@ -134,6 +137,8 @@ class Catalogue:
         for spec in options.models:
             self._put(_configured(spec))
             if spec.canary is not None:
+                if CANARY in self._models[spec.name].aliases:
+                    raise ModelRefusedError(f"model {spec.name!r} has two versions with a canary's share")
                 self._models[spec.name].aliases[CANARY] = _Alias(spec.version, spec.canary)
                 self._models[spec.name].changed()
         if self._root is not None and not self._root.is_dir():
@@ -147,6 +152,8 @@ class Catalogue:
         """
         with self._lock:
             found = self._find(model)
+            if version and not found.knows(version):
+                self._scan_if_due()
             return found.find(version) if version else found.routed(roll)
 
     def entries(self, model: str = "") -> list[CatalogueEntry]:
@@ -216,28 +223,32 @@ class Catalogue:
             return present
 
     def confirm(self, entry: CatalogueEntry) -> None:
-        """Note that a version has been loaded."""
+        """Note that a version has been loaded; it is back if a load that failed withdrew it meanwhile."""
+        name, version = entry.spec.name, entry.spec.version
         with self._lock:
-            model = self._models.get(entry.spec.name)
-            if model is not None and entry.spec.version in model.on_trial:
-                model.on_trial.remove(entry.spec.version)
+            model = self._models.get(name)
+            if model is None or version not in model.versions:
+                self._put(entry)
+            elif version in model.on_trial:
+                model.on_trial.remove(version)
                 model.changed()
 
-    def withdraw(self, entry: CatalogueEntry) -> None:
-        """Take a version that is on trial out again, unless an alias names it. Others stay."""
+    def withdraw(self, entry: CatalogueEntry) -> bool:
+        """Take a version that is on trial out again, unless an alias names it; say whether. Others stay."""
         with self._lock:
             name, version = entry.spec.name, entry.spec.version
             model = self._models.get(name)
             if model is None or version not in model.on_trial:
-                return
+                return False
             model.on_trial.remove(version)
             model.changed()
             if any(alias.version == version for alias in model.aliases.values()):
-                return
+                return False
             del model.versions[version]
             self._num_entries -= 1
             if not model.versions:
                 del self._models[name]
+            return True
 
     def set_alias(self, op: SetAlias) -> None:
         """Set, move or take away an alias. Raises ``InputError`` or ``UnknownModelError``."""

@@ -11,6 +11,7 @@ from server.predict.calls import OpenCall
 from server.predict.computing import Culprit, compute_groups
 from server.predict.desk import EXPIRED_REASON, CallDesk
 from server.predict.errors import ExpiredError
+from server.predict.model import PredictModel
 from server.predict.outgoing import Outgoing
 
 __all__ = ["ComputeThread"]
@@ -82,6 +83,7 @@ class ComputeThread:
         desk, shares = self._desk, batch.shares
         lease = shares[0].key.lease
         assert lease is not None
+        padded_before = _num_padding_tokens(lease.model)
         started_s = self._clock.now()
         self.turn_started = started_s
         result = compute_groups(
@@ -91,11 +93,15 @@ class ComputeThread:
         )
         seconds = self._clock.now() - started_s
         self.turn_started = None
+        padded = _num_padding_tokens(lease.model)
+        num_padding = (
+            batch.num_padding_tokens if padded is None or padded_before is None else padded - padded_before
+        )
         out = Outgoing()
         with desk.lock:
             if result.is_clean:
                 desk.batcher.done(batch, seconds)
-            desk.stats.count_batch(shares[0].key.key, batch, seconds)
+            desk.stats.count_batch(shares[0].key.key, batch, seconds, num_padding_tokens=num_padding)
             for share, outcome in zip(shares, result.outcomes, strict=True):
                 call = share.key
                 desk.let_go(call, out)
@@ -108,3 +114,8 @@ class ComputeThread:
                 elif call.put(share.indices, outcome):
                     desk.answer(call, out)
         desk.flush(out)
+
+
+def _num_padding_tokens(model: PredictModel) -> int | None:
+    """Return how many tokens the model has padded so far, if it counts them."""
+    return getattr(model, "num_padding_tokens", None)

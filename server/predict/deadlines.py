@@ -16,33 +16,42 @@ KeyT = TypeVar("KeyT")
 class Deadlines(Generic[KeyT]):
     """Keys by deadline.
 
-    Those of what ended are dropped from the heap when they surface, or when they outnumber the others.
+    The heap holds numbers, not keys: nothing is kept alive of a key that is forgotten. Its number is dropped
+    when it surfaces, or when such numbers outnumber the others.
     """
 
     def __init__(self) -> None:
-        self._deadline_of: dict[KeyT, float] = {}
-        self._heap: list[tuple[float, int, KeyT]] = []
+        self._number_of: dict[KeyT, int] = {}
+        self._key_of: dict[int, KeyT] = {}
+        self._heap: list[tuple[float, int]] = []
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._deadline_of)
+        return len(self._key_of)
 
     def add(self, key: KeyT, deadline_s: float) -> None:
         """Remember a key; it has no deadline here so far."""
-        self._deadline_of[key] = deadline_s
-        heapq.heappush(self._heap, (deadline_s, next(self._numbers), key))
+        number = next(self._numbers)
+        self._number_of[key] = number
+        self._key_of[number] = key
+        heapq.heappush(self._heap, (deadline_s, number))
 
     def discard(self, key: KeyT) -> None:
         """Forget a key, if it is here."""
-        if self._deadline_of.pop(key, None) is not None and len(self._heap) > 2 * len(self) + SLACK:
-            self._heap = [entry for entry in self._heap if entry[2] in self._deadline_of]
+        number = self._number_of.pop(key, None)
+        if number is None:
+            return
+        del self._key_of[number]
+        if len(self._heap) > 2 * len(self) + SLACK:
+            self._heap = [entry for entry in self._heap if entry[1] in self._key_of]
             heapq.heapify(self._heap)
 
     def first(self) -> KeyT | None:
         """Return the key with the nearest deadline."""
         while self._heap:
-            if self._heap[0][2] in self._deadline_of:
-                return self._heap[0][2]
+            number = self._heap[0][1]
+            if number in self._key_of:
+                return self._key_of[number]
             heapq.heappop(self._heap)
         return None
 
@@ -55,7 +64,8 @@ class Deadlines(Generic[KeyT]):
         """Remove and return the keys whose deadline has come."""
         keys = []
         while self._heap and self._heap[0][0] <= now_s:
-            _, _, key = heapq.heappop(self._heap)
-            if self._deadline_of.pop(key, None) is not None:
+            key = self._key_of.pop(heapq.heappop(self._heap)[1], None)
+            if key is not None:
+                del self._number_of[key]
                 keys.append(key)
         return keys

@@ -187,7 +187,9 @@ class CallDesk:
         if call.num_left:
             self.batcher.cancel(call)
         self._num_estimated -= call.num_estimated
-        if call.lease is not None and not call.is_in_use:
+        if call.lease is None:
+            call.forget_inputs()
+        elif not call.is_in_use:
             out.leases.append(call.lease)
         if self._is_closing and not self._calls:
             self._none_open.notify_all()

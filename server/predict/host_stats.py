@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from server.predict.batch import Batch
 from server.predict.batcher import Batcher
 from server.predict.calls import OpenCall
-from server.predict.catalogue import Catalogue, CatalogueEntry, ModelKey
+from server.predict.catalogue import Catalogue, ModelKey
+from server.predict.errors import UnknownModelError
 from server.predict.messages import ModelStats, ModelStatus, PolicyReport, PredictStats
 from server.predict.model_cache import ModelCache
 from server.predict.ops import reusing
@@ -53,12 +54,14 @@ class HostStats:
         counters = self.by_model.get(key)
         return 0 if counters is None else counters.num_inputs
 
-    def count_batch(self, key: ModelKey, batch: Batch[OpenCall], seconds: float) -> None:
+    def count_batch(
+        self, key: ModelKey, batch: Batch[OpenCall], seconds: float, *, num_padding_tokens: int
+    ) -> None:
         """Take in a batch that was computed, however it went."""
         counters = self.of(key)
         counters.num_batches += 1
         counters.num_tokens += batch.num_tokens
-        counters.num_padding_tokens += batch.num_padding_tokens
+        counters.num_padding_tokens += num_padding_tokens
         counters.compute_s += seconds
 
     def count_answer(self, call: OpenCall) -> None:
@@ -119,6 +122,7 @@ class HostStats:
             version=key.version,
             num_calls=counters.num_calls,
             num_failed=counters.num_failed,
+            num_cancelled=counters.num_cancelled,
             num_inputs=counters.num_inputs,
             num_tokens=counters.num_tokens,
             num_batches=counters.num_batches,
@@ -127,17 +131,17 @@ class HostStats:
             num_padding_tokens=counters.num_padding_tokens,
             is_loaded=loaded is not None,
             num_bytes=0 if loaded is None or loaded.info is None else loaded.info.num_bytes,
-            policies=() if loaded is None else _policies_of(cache, catalogue.route(key.name, key.version)),
+            policies=() if loaded is None else _policies_of(key, catalogue, cache),
         )
 
 
-def _policies_of(cache: ModelCache, entry: CatalogueEntry) -> tuple[PolicyReport, ...]:
-    model = reusing(cache.loaded_model(entry))
-    if model is None:
-        return ()
+def _policies_of(key: ModelKey, catalogue: Catalogue, cache: ModelCache) -> tuple[PolicyReport, ...]:
     try:
-        return model.reuse_report(max_keys=0).policies
+        model = reusing(cache.loaded_model(catalogue.route(key.name, key.version)))
+        return () if model is None else model.reuse_report(max_keys=0).policies
+    except UnknownModelError:
+        return ()  # the catalogue has just withdrawn it
     except Exception:
         # It may have been unloaded meanwhile; whatever it is, the other figures shall not be lost.
-        log.exception("no report on reuse from model %s version %s", entry.spec.name, entry.spec.version)
+        log.exception("no report on reuse from model %s version %s", key.name, key.version)
         return ()

@@ -397,6 +397,7 @@ class PolicyReport(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[KeyReport, ...] = ()
     hit_s: float = 0.0
     miss_s: float = 0.0
+    stopped: bool = False
 
 
 class ReuseReport(msgspec.Struct, frozen=True, tag="reuse_report"):
@@ -480,6 +481,8 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     num_calls: int = 0
     num_failed: int = 0
+    num_cancelled: int = 0
+    """The rest of the calls was answered."""
     num_inputs: int = 0
     num_tokens: int = 0
     num_batches: int = 0

@@ -12,16 +12,21 @@ A model's bytes are reserved before it is read, so that two loads cannot both ta
 candidates first: if unloading everything idle would not be enough, nothing is unloaded. A model larger than
 all the memory is refused at once; one that fits but for models in use waits a while for them.
 
-A model that an operator unloaded stays so until it is loaded by an operator. A failed load is not tried again
+A model that an operator unloaded stays so until an operator has loaded it. A failed load is not tried again
 for every call: for a while calls get its error.
+
+What must not be done with the lock held (close a model, tell who waits) is collected as calls to make, and
+made as soon as the lock is let go of.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 
@@ -34,6 +39,7 @@ from server.predict.errors import (
     ModelUnloadedError,
     PredictError,
     PredictLostError,
+    UnknownModelError,
 )
 from server.predict.messages import ModelPhase, ModelStatus, ReuseEvent
 from server.predict.model import ModelLoader, PredictModel
@@ -52,16 +58,21 @@ LAST_RETRY_S = 60.0
 
 LeaseDone = Callable[["ModelLease | PredictError"], None]
 StatusDone = Callable[[ModelStatus | PredictError], None]
+ToDo = list[Callable[[], object]]
+"""What is to be done without the lock."""
+
+_CLOSED_REASON = "the server is shutting down"
 
 
 class ModelLease:
     """A call's hold on a loaded model: it is not unloaded before it is released."""
 
-    __slots__ = ("_cache", "_slot", "load_s", "model")
+    __slots__ = ("_cache", "load_s", "model", "slot")
 
     def __init__(self, cache: ModelCache, slot: Slot, model: PredictModel, load_s: float) -> None:
         self._cache = cache
-        self._slot: Slot | None = slot
+        self.slot: Slot | None = slot
+        """The cache's business; None once released."""
         self.model = model
         self.load_s = load_s
         """How long this lease waited for the load; 0 if the model was there."""
@@ -69,15 +80,13 @@ class ModelLease:
     @property
     def entry(self) -> CatalogueEntry:
         """Return what is held. Raises ``RuntimeError`` once released."""
-        if self._slot is None:
+        if self.slot is None:
             raise RuntimeError("the lease was released")
-        return self._slot.entry
+        return self.slot.entry
 
     def release(self) -> None:
         """Let go. Idempotent; any thread."""
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            self._cache._release(slot)
+        self._cache._release(self)
 
 
 class ModelCache:
@@ -125,14 +134,13 @@ class ModelCache:
             slot = self._slot(entry)
             error: PredictError | None = None
             if self._is_closed:
-                error = PredictLostError("the server is shutting down")
+                error = PredictLostError(_CLOSED_REASON)
             elif slot.phase is ModelPhase.DRAINING:
                 error = ModelInUseError("the model is being unloaded")
             elif slot.phase is not ModelPhase.READY:
-                slot.is_held = False
-                slot.listeners.append((on_progress, done))
                 if slot.phase is not ModelPhase.LOADING:
                     self._begin(slot)
+                slot.listeners.append((on_progress, done))
                 return
             answer = error or self._status(slot)
         done(answer)
@@ -142,7 +150,7 @@ class ModelCache:
 
         What does not finish in time is not cut off: the model stays, and ``ModelInUseError`` is the answer.
         """
-        model: PredictModel | None = None
+        todo: ToDo = []
         with self._lock:
             slot = self._slot(entry)
             answer: ModelStatus | PredictError | None = None
@@ -155,15 +163,17 @@ class ModelCache:
             elif slot.num_leases:
                 slot.phase = ModelPhase.DRAINING
                 slot.drained.append(done)
-                slot.drain_timer = threading.Timer(drain_s or 0.0, self._stop_draining, (slot,))
+                slot.num_drains += 1
+                slot.drain_timer = threading.Timer(
+                    drain_s or 0.0, self._stop_draining, (slot, slot.num_drains)
+                )
                 slot.drain_timer.daemon = True
                 slot.drain_timer.start()
             else:
                 slot.is_held = True
-                model = self._drop(slot)
+                todo = self._drop(slot)
                 answer = self._status(slot)
-        if model is not None:
-            model.close()
+        _carry_out(todo)
         if answer is not None:
             done(answer)
 
@@ -184,20 +194,31 @@ class ModelCache:
             slot = self._slots.get(entry.key)
             return None if slot is None else slot.model
 
+    def forget(self, entry: CatalogueEntry) -> None:
+        """Remember nothing more of a version that is out of the catalogue, unless it is loaded again."""
+        with self._lock:
+            slot = self._slots.get(entry.key)
+            if slot is not None and slot.phase is ModelPhase.FAILED and slot.entry == entry:
+                del self._slots[entry.key]
+
     def close(self) -> None:
-        """Refuse new leases, wait for loads that run, and close every model. Leases must have ended."""
+        """Refuse new leases, wait for loads that run, and close every model. Leases must have ended.
+
+        Loads that have not begun, and drains, are given up, and those who wait for them are told.
+        """
         with self._lock:
             self._is_closed = True
             self._changed.notify_all()
+            todo: ToDo = []
             for slot in self._slots.values():
                 if slot.drain_timer is not None:
                     slot.drain_timer.cancel()
+                todo += self._abandon(slot)
+        _carry_out(todo)
         self._pool.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            models = [self._drop(slot) for slot in self._slots.values() if slot.model is not None]
-        for model in models:
-            if model is not None:
-                model.close()
+            todo = [do for slot in self._slots.values() for do in self._drop(slot)]
+        _carry_out(todo)
 
     # -- with the lock held -------------------------------------------------------------------------
 
@@ -212,18 +233,18 @@ class ModelCache:
     def _lease_now(self, slot: Slot, done: LeaseDone) -> ModelLease | PredictError | None:
         """Return a lease or why there is none; None: ``done`` waits for the load."""
         if self._is_closed:
-            return PredictLostError("the server is shutting down")
+            return PredictLostError(_CLOSED_REASON)
         if slot.phase is ModelPhase.READY:
             return self._new_lease(slot, 0.0)
-        if slot.phase is ModelPhase.DRAINING or slot.is_held:
-            return ModelUnloadedError("the model was unloaded")
+        if slot.phase is ModelPhase.DRAINING or slot.is_kept_unloaded:
+            return ModelUnloadedError("the model was unloaded; it must be loaded again first")
         if slot.phase is ModelPhase.FAILED and slot.error is not None:
             left_s = slot.retry_at - self._clock.now()
             if left_s > 0:
                 return again(slot.error, retry_after_s=left_s)
-        slot.waiting.append((done, self._clock.now()))
         if slot.phase is not ModelPhase.LOADING:
             self._begin(slot)
+        slot.waiting.append((done, self._clock.now()))
         return None
 
     def _new_lease(self, slot: Slot, load_s: float) -> ModelLease:
@@ -234,21 +255,58 @@ class ModelCache:
         return ModelLease(self, slot, slot.model, load_s)
 
     def _begin(self, slot: Slot) -> None:
+        # First of all: without a thread it is not being loaded. The thread waits for the lock.
+        self._pool.submit(self._load_queued, slot)
+        self._mark_loading(slot)
+        slot.is_queued = True
+
+    def _mark_loading(self, slot: Slot) -> None:
         slot.phase = ModelPhase.LOADING
         slot.fault = ""
         slot.error = None
-        self._pool.submit(self._load, slot)
 
-    def _drop(self, slot: Slot) -> PredictModel | None:
-        """Take the model out of its slot; the caller closes it, without the lock."""
+    def _abandon(self, slot: Slot) -> ToDo:
+        """Give up what waits for a load that has not begun, or for a drain."""
+        tell: list[Callable[[ModelStatus | PredictError], None]] = [*slot.drained]
+        slot.drained.clear()
+        if slot.is_queued:
+            slot.is_queued, slot.phase = False, ModelPhase.UNLOADED
+            tell += [done for done, _since_s in slot.waiting]
+            tell += [done for _progress, done in slot.listeners]
+            slot.waiting.clear()
+            slot.listeners.clear()
+        return [partial(done, PredictLostError(_CLOSED_REASON)) for done in tell]
+
+    def _drop(self, slot: Slot) -> ToDo:
+        """Take the model out of its slot, and with it its hold on another one."""
         model, slot.model = slot.model, None
         slot.phase = ModelPhase.UNLOADED
+        slot.fault = ""
         slot.num_bytes = 0
-        if slot.embedder is not None:
-            embedder, slot.embedder = slot.embedder, None
-            self._pool.submit(embedder.release) if not self._is_closed else None
+        todo: ToDo = [] if model is None else [model.close]
+        embedder, slot.embedder = slot.embedder, None
+        if embedder is not None and embedder.slot is not None:
+            held, embedder.slot = embedder.slot, None
+            todo += self._let_go(held)
         self._changed.notify_all()
-        return model
+        return todo
+
+    def _let_go(self, slot: Slot) -> ToDo:
+        """Take back a lease; the last one of a model that is drained ends it."""
+        slot.num_leases -= 1
+        slot.used_s = self._clock.now()
+        if slot.num_leases:
+            return []
+        self._changed.notify_all()
+        if slot.phase is not ModelPhase.DRAINING:
+            return []
+        done, slot.drained = slot.drained, []
+        if slot.drain_timer is not None:
+            slot.drain_timer.cancel()
+        slot.is_held = True
+        todo = self._drop(slot)
+        status = self._status(slot)
+        return [*todo, *(partial(tell, status) for tell in done)]
 
     def _taken_bytes(self) -> int:
         return sum(slot.num_bytes for slot in self._slots.values())
@@ -265,42 +323,36 @@ class ModelCache:
             num_running=slot.num_leases,
             num_requests=slot.num_requests,
             idle_s=None if slot.used_s is None else max(0.0, self._clock.now() - slot.used_s),
-            held=slot.is_held,
+            held=slot.is_kept_unloaded,
             fault=slot.fault,
         )
 
     # -- leases that end ----------------------------------------------------------------------------
 
-    def _release(self, slot: Slot) -> None:
-        model: PredictModel | None = None
-        done: list[StatusDone] = []
+    def _release(self, lease: ModelLease) -> None:
         with self._lock:
-            slot.num_leases -= 1
-            slot.used_s = self._clock.now()
-            if slot.num_leases == 0:
-                self._changed.notify_all()
-                if slot.phase is ModelPhase.DRAINING:
-                    done, slot.drained = slot.drained, []
-                    if slot.drain_timer is not None:
-                        slot.drain_timer.cancel()
-                    slot.is_held = True
-                    model = self._drop(slot)
-                    status = self._status(slot)
-        if model is not None:
-            model.close()
-            for tell in done:
-                tell(status)
+            slot, lease.slot = lease.slot, None
+            todo = [] if slot is None else self._let_go(slot)
+        _carry_out(todo)
 
-    def _stop_draining(self, slot: Slot) -> None:
+    def _stop_draining(self, slot: Slot, number: int) -> None:
         """Keep the model after all: its requests did not end in time."""
         with self._lock:
+            if slot.phase is not ModelPhase.DRAINING or slot.num_drains != number:
+                return  # it ended when the timer was on its way
             done, slot.drained = slot.drained, []
-            if slot.phase is ModelPhase.DRAINING:
-                slot.phase = ModelPhase.READY
-        for tell in done:
-            tell(ModelInUseError("requests still run on the model"))
+            slot.phase = ModelPhase.READY
+            self._changed.notify_all()
+        _carry_out([partial(tell, ModelInUseError("requests still run on the model")) for tell in done])
 
     # -- loading, in a loader thread ----------------------------------------------------------------
+
+    def _load_queued(self, slot: Slot) -> None:
+        with self._lock:
+            if not slot.is_queued:
+                return  # another loader thread could not wait for it, or nobody does any more
+            slot.is_queued = False
+        self._load(slot)
 
     def _load(self, slot: Slot) -> None:
         started_s = self._clock.now()
@@ -339,7 +391,7 @@ class ModelCache:
         try:
             if model.info.num_bytes > slot.num_bytes:
                 self._make_room(slot, model.info.num_bytes)
-        except PredictError:
+        except BaseException:
             model.close()
             raise
         with self._lock:
@@ -349,24 +401,39 @@ class ModelCache:
             self._changed.notify_all()
 
     def _lease_embedder(self, entry: CatalogueEntry, name: str) -> ModelLease:
-        """Load the embedder here and now if nobody does: this thread must not wait for one like itself."""
-        embedder = self._find_embedder(name)
+        """Load the embedder here and now unless a thread is at it: it must not wait for one like itself.
+
+        That it is in the queue is not enough: all the threads may be here. An embedder has no embedder, so a
+        load of one that has begun ends.
+        """
+        try:
+            embedder = self._find_embedder(name)
+        except UnknownModelError as error:
+            raise ModelRefusedError("the embedder of its semantic cache is not served here") from error
         if embedder.spec.semantic is not None or embedder.key == entry.key:
             raise ModelRefusedError("the embedder of a semantic cache must not have one itself")
+        answers: queue.SimpleQueue[ModelLease | PredictError] = queue.SimpleQueue()
         with self._lock:
             slot = self._slot(embedder)
-            while slot.phase in (ModelPhase.LOADING, ModelPhase.DRAINING) and not self._is_closed:
+            while slot.phase is ModelPhase.DRAINING and not self._is_closed:
                 self._changed.wait()
             if self._is_closed:
-                raise PredictLostError("the server is shutting down")
+                raise PredictLostError(_CLOSED_REASON)
             if slot.phase is ModelPhase.READY:
                 return self._new_lease(slot, 0.0)
-            slot.phase = ModelPhase.LOADING
-        self._load(slot)
-        with self._lock:
-            if slot.model is None:
-                raise slot.error or ModelRefusedError("the embedder could not be loaded")
-            return self._new_lease(slot, 0.0)
+            if slot.is_kept_unloaded:
+                raise ModelUnloadedError("the embedder of the semantic cache was unloaded")
+            slot.waiting.append((answers.put, self._clock.now()))
+            is_begun = slot.phase is ModelPhase.LOADING and not slot.is_queued
+            if not is_begun:
+                slot.is_queued = False
+                self._mark_loading(slot)
+        if not is_begun:
+            self._load(slot)
+        answer = answers.get()
+        if isinstance(answer, PredictError):
+            raise answer
+        return answer
 
     def _make_room(self, slot: Slot, num_bytes: int | None) -> None:
         """Reserve, and unload idle models for it. Raises ``ModelTooLargeError``."""
@@ -386,12 +453,11 @@ class ModelCache:
                         "the memory for models is held by models in use", retry_after_s=ROOM_WAIT_S
                     )
             slot.num_bytes, slot.has_reserved = needed, True
-            models = [self._drop(victim) for victim in victims]
+            todo = [do for victim in victims for do in self._drop(victim)]
             self.counters.num_evictions += len(victims)
-        for victim, model in zip(victims, models, strict=True):
+        for victim in victims:
             log.info("unloaded model %s version %s to make room", *victim.names)
-            if model is not None:
-                model.close()
+        _carry_out(todo)
 
     def _finish(self, slot: Slot, started_s: float) -> None:
         with self._lock:
@@ -399,7 +465,9 @@ class ModelCache:
             slot.phase, slot.has_reserved = ModelPhase.READY, False
             slot.load_s = now_s - started_s
             slot.num_failures = 0
-            slot.used_s = now_s if slot.used_s is None else slot.used_s
+            slot.is_held = False
+            # Who loads it means to use it: it must not be the first to go.
+            slot.used_s = now_s
             self.counters.num_loads += 1
             self.counters.load_s += slot.load_s
             leases = [(done, self._new_lease(slot, now_s - since_s)) for done, since_s in slot.waiting]
@@ -407,10 +475,8 @@ class ModelCache:
             status = self._status(slot)
             self._changed.notify_all()
         log.info("loaded model %s version %s in %.2f s", *slot.names, slot.load_s)
-        for give, lease in leases:
-            give(lease)
-        for _progress, tell in listeners:
-            tell(status)
+        _carry_out([partial(give, lease) for give, lease in leases])
+        _carry_out([partial(tell, status) for _progress, tell in listeners])
 
     def _fail(self, slot: Slot, error: PredictError) -> None:
         with self._lock:
@@ -420,7 +486,9 @@ class ModelCache:
             slot.num_failures += 1
             slot.fault = error.reason
             slot.error = error
-            backoff_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** (slot.num_failures - 1))
+            backoff_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(slot.num_failures - 1, 10))
+            if error.retry_after_s is not None:  # it may work by then, and so callers are told
+                backoff_s = min(backoff_s, error.retry_after_s)
             slot.retry_at = self._clock.now() + backoff_s
             self.counters.num_failed_loads += 1
             waiting, slot.waiting = slot.waiting, []
@@ -429,7 +497,14 @@ class ModelCache:
         log.warning("model %s version %s cannot be loaded: %s", *slot.names, error.reason)
         if embedder is not None:
             embedder.release()
-        for done, _since_s in waiting:
-            done(again(error))
-        for _progress, tell in listeners:
-            tell(again(error))
+        _carry_out([partial(done, again(error)) for done, _since_s in waiting])
+        _carry_out([partial(tell, again(error)) for _progress, tell in listeners])
+
+
+def _carry_out(todo: Iterable[Callable[[], object]]) -> None:
+    """Make the calls, all of them. Never with the lock held."""
+    for do in todo:
+        try:
+            do()
+        except Exception:
+            log.exception("a model was not closed, or nobody told of it, as it should be")

@@ -109,7 +109,8 @@ class OpsDesk:
 
         def done(answer: ModelStatus | PredictError) -> None:
             if isinstance(answer, PredictError):
-                self._catalogue.withdraw(entry)
+                if self._catalogue.withdraw(entry):
+                    self._cache.forget(entry)
                 self._send(op_failed(op_id, answer))
             else:
                 self._catalogue.confirm(entry)

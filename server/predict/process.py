@@ -192,12 +192,7 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
             if len(self._described) >= MAX_DESCRIBED:
                 self._described.clear()
             self._described[key] = (opened, now_s + DESCRIBED_S)
-        try:
-            return (await _result(opened, OneModel)).model
-        except PredictError:
-            # Failures are not kept; those who asked meanwhile share it.
-            self._described.pop(key, None)
-            raise
+        return (await _result(opened, OneModel)).model
 
     async def load(self, op: LoadModel) -> AsyncGenerator[OpProgress | ModelStatus]:
         opened = self._open(self._serving_child(), op)
@@ -263,6 +258,9 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
         return answer
 
     def _on_op_done(self, op: Any, answer: OpDone | OpFailed) -> None:
+        if isinstance(op, DescribeModel) and isinstance(answer, OpFailed):
+            # Failures are not kept, whoever still listens: names that are none come without end.
+            self._described.pop((op.model, op.version), None)
         if isinstance(op, LoadModel | UnloadModel | SetAlias):
             self._described.clear()
             # While it is LOADING they are only repeated.

@@ -23,6 +23,9 @@ Progress = Callable[[ModelStatus, str, int, int], None]
 class Lease(Protocol):
     """A hold on another model."""
 
+    slot: Slot | None
+    """What is held; None once it is let go of."""
+
     @property
     def model(self) -> PredictModel: ...
 
@@ -56,7 +59,9 @@ class Slot:
     used_s: float | None = None
     load_s: float = 0.0
     is_held: bool = False
-    """Unloaded by an operator."""
+    """Unloaded by an operator, and not loaded by one since."""
+    is_queued: bool = False
+    """It is LOADING, and no thread has begun."""
     fault: str = ""
     error: PredictError | None = None
     retry_at: float = 0.0
@@ -68,6 +73,8 @@ class Slot:
     )
     drained: list[Callable[[Any], None]] = field(default_factory=list)
     drain_timer: threading.Timer | None = None
+    num_drains: int = 0
+    """By it a timer knows its own drain."""
     embedder: Lease | None = None
 
     has_reserved: bool = False
@@ -76,6 +83,11 @@ class Slot:
     @property
     def takes_room(self) -> bool:
         return self.has_reserved or self.phase in (ModelPhase.READY, ModelPhase.DRAINING)
+
+    @property
+    def is_kept_unloaded(self) -> bool:
+        """Say whether calls do not load it: an operator must."""
+        return self.is_held and self.phase is not ModelPhase.LOADING
 
     @property
     def names(self) -> tuple[str, str]:
@@ -97,13 +109,15 @@ class MemoryLimits:
     def choose_victims(self, slots: Iterable[Slot], loading: Slot, needed: int) -> list[Slot] | None:
         """Return what to unload so that ``loading`` has room, the least recently used first.
 
-        None: unloading everything idle would not be enough.
+        What only idle models hold goes as well, after them. None: unloading everything idle would not be
+        enough.
         """
         others = [slot for slot in slots if slot is not loading]
         num_bytes = needed + sum(slot.num_bytes for slot in others)
         num_models = 1 + sum(slot.takes_room for slot in others)
         idle = [slot for slot in others if slot.phase is ModelPhase.READY and not slot.num_leases]
         idle.sort(key=lambda slot: -1.0 if slot.used_s is None else slot.used_s)
+        num_leases = {id(slot): slot.num_leases for slot in others}
         victims: list[Slot] = []
         while self._are_exceeded(num_bytes, num_models):
             if len(victims) == len(idle):
@@ -112,6 +126,11 @@ class MemoryLimits:
             victims.append(victim)
             num_bytes -= victim.num_bytes
             num_models -= 1
+            held = None if victim.embedder is None else victim.embedder.slot
+            if held is not None:
+                num_leases[id(held)] -= 1
+                if not num_leases[id(held)] and held.phase is ModelPhase.READY:
+                    idle.append(held)
         return victims
 
     def _are_exceeded(self, num_bytes: int, num_models: int) -> bool:
@@ -120,7 +139,11 @@ class MemoryLimits:
 
 
 def again(error: PredictError, *, retry_after_s: float | None = None) -> PredictError:
-    """Return the error anew: one exception must not be raised in several places at once."""
+    """Return the error anew: one exception must not be raised in several places at once.
+
+    ``retry_after_s`` takes the place of what it said when it was new.
+    """
     copied = copy.copy(error)
-    copied.retry_after_s = error.retry_after_s or retry_after_s
+    if retry_after_s is not None:
+        copied.retry_after_s = retry_after_s
     return copied

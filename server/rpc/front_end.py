@@ -113,14 +113,18 @@ class FrontEnd:
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(generate_service, services)
         cache_admin_pb2_grpc.add_CacheAdminServiceServicer_to_server(admin_service, services)
         predict_pb2_grpc.add_PredictServiceServicer_to_server(self._predict_service, services)
+        self._inference_service: InferenceService | None = None
         if predict is not None:
-            inference_service = InferenceService(
+            self._inference_service = InferenceService(
                 predict,
                 max_inputs=options.max_predict_inputs,
                 write_timeout_s=options.write_timeout_s,
+                max_message_bytes=options.listen.max_message_bytes,
                 observer=predict_observer,
             )
-            open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, services)
+            open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+                self._inference_service, services
+            )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, services)
         if options.reflection:
             self._add_reflection(services)
@@ -150,6 +154,8 @@ class FrontEnd:
         await self._health.shut_down()
         self._model.drain()
         self._predict_service.drain()
+        if self._inference_service is not None:
+            self._inference_service.drain()
         await self._hub.close()
         stopping = [self._engine.stop(grace_s=grace_s)]
         if self._predict is not None:

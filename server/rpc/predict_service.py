@@ -18,9 +18,9 @@ from grpc import aio
 
 from kvserve.v1 import predict_pb2 as pb
 from kvserve.v1 import predict_pb2_grpc
-from server.predict.errors import PredictError, PredictLostError
+from server.predict.errors import PredictError
 from server.predict.interface import PredictBackend
-from server.predict.messages import CallStats, ModelInfo, PredictAnswer, Task
+from server.predict.messages import CallStats, PredictAnswer, Task
 from server.rpc import predict_convert as convert
 from server.rpc.call import Call, current_call
 from server.rpc.errors import (
@@ -31,6 +31,7 @@ from server.rpc.errors import (
     ResponseTooLarge,
     Unavailable,
 )
+from server.rpc.model_infos import ModelInfos
 from server.rpc.predict_errors import error_from_predict
 from server.rpc.predict_read import PredictAsk, read_embed, read_model_request, read_predict
 from server.rpc.predict_stream import PredictStream
@@ -87,8 +88,7 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         self._limits = limits
         self._observer = observer
         self._request_ids: set[tuple[str, str]] = set()
-        self._known: dict[tuple[str, str], ModelInfo] = {}
-        """Of versions that have answered: never more than the catalogue has had."""
+        self._infos = None if backend is None else ModelInfos(backend)
         self._streams: set[PredictStream] = set()
         self._is_draining = False
 
@@ -161,7 +161,9 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
 
     async def _predict(self, call: Call, ask: PredictAsk, received_s: float) -> pb.PredictResponse:
         model, answer = await self._compute(call, ask)
-        info = await self._info_of(model, answer.version) if ask.inputs.texts else None
+        info = None
+        if ask.inputs.texts and self._infos is not None:
+            info = await self._infos.of(model, answer.version)
         total_s = time.perf_counter() - received_s
         max_bytes = self._limits.max_message_bytes
         response = convert.response_of(ask, answer, info, model=model, total_s=total_s, max_bytes=max_bytes)
@@ -192,28 +194,6 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         except PredictError as error:
             raise error_from_predict(error, inputs=ask.inputs_path, item=ask.item_path) from error
         return model, answer
-
-    async def _info_of(self, model: str, version: str) -> ModelInfo:
-        """Return what a version's numbers mean, which has just answered."""
-        backend = self._backend
-        try:
-            info = (await backend.describe(model, version)).info
-            if info is None:  # a description that was kept from before the model was loaded
-                infos = {(one.name, one.version): one.info for one in (await backend.models()).models}
-                info = infos.get((model, version))
-        except PredictLostError as error:
-            # Draining takes no questions any more, and the answer is there.
-            info = self._known.get((model, version))
-            if info is None:
-                raise error_from_predict(error) from error
-        except PredictError as error:
-            raise error_from_predict(error) from error
-        if info is None:  # another process than the one that answered
-            raise Unavailable(
-                "the model was lost while it answered", reason="PREDICT_LOST", retry_after_s=1.0
-            )
-        self._known[model, version] = info
-        return info
 
     async def _only_model(self) -> str:
         """Return the name of the only model: an empty one stands for it."""

@@ -74,6 +74,8 @@ class PredictStream:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._write(context, write_timeout_s))
                 self._reader = group.create_task(self._read(requests, group))
+                # Also if it is cancelled before it has begun.
+                self._reader.add_done_callback(self._note_all_read)
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         if self._is_draining:
@@ -86,13 +88,13 @@ class PredictStream:
             self._reader.cancel()
 
     async def _read(self, requests: RequestStream, group: asyncio.TaskGroup) -> None:
-        try:
-            async for request in requests:
-                self._accept(request, requests.fault, group)
-                await self._room.wait()
-        finally:
-            self._is_all_read = True
-            self._news.set()
+        async for request in requests:
+            self._accept(request, requests.fault, group)
+            await self._room.wait()
+
+    def _note_all_read(self, _reader: asyncio.Task[None]) -> None:
+        self._is_all_read = True
+        self._news.set()
 
     def _accept(
         self, request: pb.PredictRequest, fault: InvalidArgument | None, group: asyncio.TaskGroup

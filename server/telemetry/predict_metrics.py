@@ -152,6 +152,7 @@ def _of_reuse(rows: Sequence[tuple[str, str, PolicyReport]]) -> Iterator[Metric]
     yield _gauge("reuse_threshold", "Least similarity of a semantic hit.", each("threshold"), labels)
     yield _counter("reuse_alarms", "Times that the risk budget was broken.", each("num_alarms"), labels)
     yield _gauge("reuse_stopped_keys", "Keys for which reuse has stopped.", each("num_stopped_keys"), labels)
+    yield _gauge("reuse_stopped", "1 while the policy reuses nothing.", each("stopped"), labels)
     yield _gauge(
         "reuse_over_budget",
         "1 while the risk is proved to exceed the budget.",

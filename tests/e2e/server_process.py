@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvserve.v1 import generate_pb2_grpc
 
 START_TIMEOUT_S = 90.0
-SMALL = ("--num-blocks", "256", "--threads", "1", "--dtype", "float32", "--predict", "off")
+SMALL = ("--predict", "off", "--num-blocks", "256", "--threads", "1", "--dtype", "float32")
 
 
 class ServerProcess:

@@ -122,7 +122,8 @@ async def test_500_calls_at_once_get_their_own_answers_and_nothing_leaks():
     await process.stop(grace_s=5)
     assert process.state is PredictState.DEAD
     assert not is_alive(pid)
-    assert (num_fds(), len(asyncio.all_tasks())) == (fds, tasks)
+    assert len(asyncio.all_tasks()) == tasks
+    assert num_fds() <= fds  # fewer where an earlier test's leavings went meanwhile
 
 
 async def test_answers_come_in_any_order(process: PredictProcess):
@@ -440,20 +441,12 @@ async def test_the_real_process_serves_features_without_torch():
         await process.stop(grace_s=5)
 
 
-async def test_throughput_is_printed(process: PredictProcess, capsys: pytest.CaptureFixture[str]):
-    """No assertion about speed: figures of a shared machine. One row a call, 64 callers."""
+async def test_12800_calls_of_64_callers_leave_nothing_open(process: PredictProcess):
     num_calls, inputs = 200, Inputs(rows=bytes(128), num_rows=1)
 
     async def call() -> None:
         for _ in range(num_calls):
-            await process.predict("echo", inputs, deadline_s=5.0)
+            await process.predict("echo", inputs, deadline_s=30.0)
 
-    started, started_cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(call() for _ in range(64)))
-    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
-    total = 64 * num_calls
     assert process.num_open_calls == 0
-    with capsys.disabled():
-        print(
-            f"\npredict link: {total / wall_s:.0f} calls/s, {cpu_s / total * 1e6:.1f} us of CPU a call here"
-        )

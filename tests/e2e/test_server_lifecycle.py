@@ -123,7 +123,7 @@ def test_engine_killed_while_loading_ends_the_server_with_an_error() -> None:
             children = psutil.Process(process.process.pid).children()
         children[0].kill()
         assert process.wait() == 1
-        assert "kvserve: error: the engine process ended while loading the model" in process.text
+        assert "kvserve: error: the engine process ended while starting" in process.text
         assert "Traceback" not in process.text
 
 

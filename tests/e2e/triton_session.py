@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import queue
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,17 @@ def stream(client: Any, classifier: str) -> list[Any]:
             seen.append([result.get_response().id, result.as_numpy("label")[0].decode()])
     client.stop_stream()
     return seen
+
+
+def statistics(client: Any, model: str) -> Any:
+    """Ask until the calls of a moment ago are counted: the figures are those of about a second before."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        found = client.get_inference_statistics(model, as_json=True)
+        if int(found["model_stats"][0].get("inference_count", 0)) >= len(TEXTS):
+            break
+        time.sleep(0.1)
+    return found
 
 
 def main(port: str, classifier: str, features: str) -> dict[str, Any]:
@@ -115,7 +127,7 @@ def main(port: str, classifier: str, features: str) -> dict[str, Any]:
     seen["index"] = client.get_model_repository_index(as_json=True)
     client.load_model(classifier)
     seen["loaded"] = client.is_model_ready(classifier)
-    seen["statistics"] = client.get_inference_statistics(classifier, as_json=True)
+    seen["statistics"] = statistics(client, classifier)
     client.close()
     return seen
 

@@ -67,7 +67,7 @@ def test_a_folder_is_checked_once_for_its_size_and_its_load(root: Path, monkeypa
 
     monkeypatch.setattr(loader._sources, "resolve", counting)
     spec = ModelSpec(name="mood", source="mood/1", dtype="float32")
-    num_bytes = loader.size(spec)
+    num_bytes = loader.size(spec, on_progress=no_progress)
     model = loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
     assert model.info.task is Task.CLASSIFY
     assert num_bytes is not None
@@ -82,7 +82,7 @@ def test_a_folder_that_changes_between_its_check_and_its_load_is_refused(tmp_pat
     make_model("bert", tmp_path / "mood")
     loader = loader_of(tmp_path)
     spec = ModelSpec(name="mood", source="mood")
-    loader.size(spec)
+    loader.size(spec, on_progress=no_progress)
     (tmp_path / "mood" / "added.json").write_text("{}")
     with pytest.raises(ModelRefusedError, match="changed"):
         loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
@@ -91,7 +91,7 @@ def test_a_folder_that_changes_between_its_check_and_its_load_is_refused(tmp_pat
 def test_rows_of_features_need_no_source_and_have_no_size_before(tmp_path: Path):
     loader = loader_of(tmp_path)
     spec = ModelSpec(name="risk", features=FeatureSpec())
-    assert loader.size(spec) is None
+    assert loader.size(spec, on_progress=no_progress) is None
     model = loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
     assert (model.info.task, model.info.num_features) == (Task.FEATURES, 32)
     model.close()

@@ -14,6 +14,7 @@ from kvserve.v1 import cache_admin_pb2 as pb
 from server.engine.fake import FakeEngine
 from server.engine.model_slot import ModelSlot
 from server.predict.errors import (
+    InputError,
     ModelInUseError,
     ModelRefusedError,
     ModelTooLargeError,
@@ -148,6 +149,13 @@ async def test_what_predict_refuses_has_its_status(error: Exception, code: Code,
         ):
             refusal = await refused(call)
             assert (refusal.code, refusal.reason) == (code, reason)
+
+
+async def test_a_field_that_the_predict_process_refuses_is_named() -> None:
+    predict = ScriptedPredict(progress=[InputError("is an alias", part="version")])
+    async with serving(FakeEngine(ready=READY), predict=predict) as server:
+        refusal = await refused(server.admin.LoadModel(pb.LoadModelRequest(model="sizes")).read())
+    assert (refusal.code, list(refusal.fields)) == (Code.INVALID_ARGUMENT, ["version"])
 
 
 async def test_a_caller_that_leaves_does_not_stay_with_the_load() -> None:

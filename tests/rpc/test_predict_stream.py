@@ -12,8 +12,9 @@ from grpc import aio
 from kvserve.v1 import predict_pb2 as pb
 from server.predict.errors import OverloadedError
 from server.rpc.auth import parse_api_keys
+from server.rpc.errors import Unavailable
 from server.rpc.interceptor import CallLimits
-from server.rpc.predict_stream import MAX_OPEN_REQUESTS
+from server.rpc.predict_stream import MAX_OPEN_REQUESTS, PredictStream
 from tests.rpc.harness import ScriptedEngine, refused, serving
 from tests.rpc.scripted_predict import Asked, ScriptedPredict
 
@@ -301,3 +302,20 @@ async def test_shutdown_answers_what_was_read_and_ends_streams() -> None:
         assert (await refused(busy)).code is Code.UNAVAILABLE
         await stopping
     assert predict.stopped_with is not None
+
+
+async def test_stream_that_has_just_come_ends_when_the_server_drains() -> None:
+    """Its reader had not begun, and nobody was told that it had ended: the stream hung."""
+
+    async def answer(ask: Any, received_s: float) -> pb.PredictResponse:
+        raise AssertionError("nothing was read")
+
+    stream = PredictStream(answer, max_inputs=10)
+    unread: Any = None
+    running = asyncio.create_task(stream.run(unread, unread, write_timeout_s=1.0))
+    while stream._reader is None:
+        await asyncio.sleep(0)
+    stream.drain()
+    async with asyncio.timeout(10):
+        with pytest.raises(Unavailable):
+            await running

@@ -14,7 +14,9 @@ from server.predict.messages import ModelPhase, ModelStatus, PredictReady
 
 def lines_of(config: ServerConfig, **facts: object) -> list[str]:
     ready = msgspec.structs.replace(fake_ready(), **facts)
-    return [line for line in banner(config, ready, None) if not line.startswith(("model", "compute", "KV cache"))]
+    return [
+        line for line in banner(config, ready, None) if not line.startswith(("model", "compute", "KV cache"))
+    ]
 
 
 def test_a_plain_start_names_its_policy_and_no_tiers() -> None:

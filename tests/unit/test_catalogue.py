@@ -93,6 +93,12 @@ def test_bad_alias_is_refused_by_its_field(op: SetAlias, part: str) -> None:
     assert refused.value.part == part
 
 
+def test_second_canary_of_a_model_is_refused() -> None:
+    """The first one used to lose its share without a word."""
+    with pytest.raises(ModelRefusedError, match="two versions"):
+        catalogue(spec("a"), spec("a", "2", canary=0.1), spec("a", "3", canary=0.2))
+
+
 def test_alias_of_an_unknown_version_changes_nothing() -> None:
     models = catalogue(spec("a"))
     with pytest.raises(UnknownModelError):
@@ -118,6 +124,11 @@ def test_folders_below_the_root_are_found_also_later(tmp_path: Path) -> None:
         models.route("late")  # looked just now
     clock.advance(1.0)
     assert models.route("late").source_kind == "folder"
+    folder(tmp_path / "several" / "13")
+    clock.advance(1.0)
+    assert models.route("several", "12").spec.source == "several/12"  # known: nothing is read
+    assert models.route("several").key.version == "12"
+    assert models.route("several", "13").spec.source == "several/13"
 
 
 def test_configured_model_hides_the_folder_of_its_name(tmp_path: Path) -> None:
@@ -163,6 +174,17 @@ def test_version_that_could_not_be_loaded_is_gone_again() -> None:
     models.withdraw(models.add(LoadModel("new", source="bad")))
     with pytest.raises(UnknownModelError):
         models.route("new")
+
+
+def test_version_that_a_second_load_brought_after_all_is_back() -> None:
+    """Of two loads the first failed, and the second had begun before the version was withdrawn."""
+    models = catalogue(spec("a", "1"))
+    added = models.add(LoadModel("a", source="flaky"))
+    models.withdraw(added)
+    models.confirm(added)
+    assert models.route("a", "2") == added
+    models.withdraw(added)
+    assert models.route("a").key.version == "2"
 
 
 def test_version_that_an_alias_names_stays_though_it_could_not_be_loaded() -> None:

@@ -267,8 +267,8 @@ def test_models_are_listed_without_a_verb_too(kvctl):
     header, tiny, news = (line.split() for line in out.splitlines())
     assert header[:7] == ["NAME", "STATE", "KIND", "VERSION", "TASK", "PARAMETERS", "BYTES"]
     assert header[7:] == ["SHARE", "RUNNING", "REQUESTS", "IDLE", "ALIASES", "SOURCE", "FAULT"]
-    assert " ".join(tiny) == "tiny ready generate - - 0 1.0 MiB - 0 - - - -"
-    assert " ".join(news) == "news ready predict 2 classify 0 2.0 MiB 10.0% 0 1,200 1m30s canary, latest hub"
+    assert " ".join(tiny) == "tiny ready generate - - - 1.0 MiB - 0 - - - -"
+    assert " ".join(news) == "news ready predict 2 classify - 2.0 MiB 10.0% 0 1,200 1m30s canary, latest hub"
     assert kvctl("models", "list") == (code, out, err)
     for arguments in (("models", "--json"), ("models", "list", "--json"), ("models", "--json", "list")):
         document = json.loads(kvctl(*arguments)[1])
@@ -465,6 +465,8 @@ def test_unloading_one_version_or_all(kvctl):
 
 
 def test_reuse_of_a_model_that_is_not_loaded_is_said_to_be_nothing(kvctl):
-    kvctl.answers["GetReuse"] = lambda request: admin.GetReuseResponse(model="risk", version="1", kind="features")
+    kvctl.answers["GetReuse"] = lambda request: admin.GetReuseResponse(
+        model="risk", version="1", kind="features"
+    )
     code, out, err = kvctl("models", "reuse", "risk")
     assert (code, out, err) == (0, "", "risk 1 is not loaded; there is nothing to report\n")

@@ -13,11 +13,31 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvcore.clock import ManualClock
 from kvserve._cli.main import _make_parser
 from server.config import SETTINGS
+from server.config.predict import specs_of
+from server.predict.catalogue import Catalogue
+from server.predict.errors import (
+    ComputeError,
+    ExpiredError,
+    InputError,
+    ModelInUseError,
+    ModelRefusedError,
+    ModelTooLargeError,
+    ModelUnloadedError,
+    OverloadedError,
+    PredictLostError,
+    UnknownModelError,
+)
+from server.predict.options import FeatureSpec, ModelSpec, PredictOptions, SemanticSpec
+from server.predict.reuse import build_feature_model
+from server.rpc.predict_errors import error_from_predict
+from tests.unit.test_deploy import known_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "client" / "README.md", *(ROOT / "docs").glob("*.md")])
+PREDICT = ROOT / "docs" / "predict.md"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -104,16 +124,74 @@ def test_the_yaml_example_names_settings() -> None:
 def test_metrics_that_are_named_exist() -> None:
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     source = (ROOT / "server" / "telemetry" / "metrics.py").read_text(encoding="utf-8")
-    names = re.findall(r"`kvserve_([a-z_]+)`", text)
+    names = [name for name in re.findall(r"`kvserve_([a-z_]+)`", text) if not name.startswith("predict_")]
     assert len(names) > 10
     for name in names:
         bare = name.removesuffix("_total")
         assert re.search(rf'"(kvserve_)?({bare}|{bare.removeprefix("cache_tier_")})"', source), name
 
 
-def test_pictures_are_those_of_the_tables() -> None:
-    script = ROOT / "scripts" / "draw_cache_pictures.py"
+@pytest.mark.parametrize("document", ["operations.md", "predict.md"])
+async def test_metrics_of_predict_that_are_named_exist(document: str) -> None:
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    names = set(re.findall(r"`(kvserve_predict_[a-z_]+)`", text))
+    assert len(names) > 4
+    assert names <= known_samples()
+
+
+def yaml_examples(document: Path) -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_catalogue_examples_are_catalogues() -> None:
+    examples = [specs_of(yaml.safe_load(example)) for example in yaml_examples(PREDICT)]
+    assert len(examples) == 3
+    Catalogue(PredictOptions(models=examples[0]), clock=ManualClock())
+    for spec in (spec for specs in examples for spec in specs if spec.features is not None):
+        build_feature_model(spec, clock=ManualClock(), on_event=lambda event: None).close()
+
+
+def test_the_catalogue_example_has_every_field() -> None:
+    """One document is where people look for what can be written."""
+    specs = [spec for text in yaml_examples(PREDICT) for spec in yaml.safe_load(text)["models"]]
+    written = {field for spec in specs for field in spec}
+    assert written == set(ModelSpec.__struct_fields__)
+    features = {field for spec in specs for field in spec.get("features") or ()}
+    text = PREDICT.read_text(encoding="utf-8")
+    for struct, found in ((FeatureSpec, features), (SemanticSpec, set(specs[1]["semantic"]))):
+        for field in set(struct.__struct_fields__) - found:
+            assert f"`{field}" in text, f"{struct.__name__}.{field} is nowhere"
+
+
+def test_reasons_of_errors_that_are_named_exist() -> None:
+    table = PREDICT.read_text(encoding="utf-8").partition("## Errors")[2].partition("## Metrics")[0]
+    found = re.findall(r"^\| ([A-Z_]+)(?:, `([A-Z_]+)`)? \|", table, re.MULTILINE)
+    named = {(reason or code, code) for code, reason in found}
+    errors = [
+        InputError("x"),
+        UnknownModelError("x"),
+        ModelRefusedError("x"),
+        ModelTooLargeError("x"),
+        ModelInUseError("x"),
+        ModelUnloadedError("x"),
+        OverloadedError("x"),
+        PredictLostError("x"),
+        ExpiredError("x"),
+        ComputeError("x"),
+    ]
+    answers = [error_from_predict(error) for error in errors]
+    assert len(named) == len(answers)
+    for answer in answers:
+        code = answer.code.name
+        assert {(answer.reason, code), (code, code)} & named, answer.reason
+
+
+@pytest.mark.parametrize("script", ["draw_cache_pictures.py", "draw_predict_pictures.py"])
+def test_pictures_are_those_of_the_tables(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,16 +8,20 @@ from concurrent.futures import Future
 import pytest
 
 from kvcore.clock import ManualClock
+from server.predict.catalogue import CatalogueEntry
 from server.predict.errors import (
     ModelInUseError,
     ModelRefusedError,
+    ModelTooLargeError,
     ModelUnloadedError,
     PredictError,
     PredictLostError,
+    UnknownModelError,
 )
 from server.predict.messages import ModelPhase, ModelStatus
+from server.predict.model_cache import ModelCache
 from server.predict.options import SemanticSpec
-from tests.unit.test_model_cache import PATIENCE_S, MakeWorld, entry, make_world
+from tests.unit.test_model_cache import PATIENCE_S, MakeWorld, SizedLoader, World, entry, make_world
 
 __all__ = ["make_world"]
 
@@ -202,3 +206,86 @@ def test_drain_that_ended_does_not_end_the_next_one(make_world: MakeWorld) -> No
     assert not second.done()
     held.release()
     assert isinstance(second.result(PATIENCE_S), ModelStatus)
+
+
+def test_embedder_that_is_not_in_the_catalogue_does_not_make_its_user_unknown() -> None:
+    """Calls used to be told that the model that they named was not served here."""
+
+    def find(name: str) -> CatalogueEntry:
+        raise UnknownModelError("no such model is served here")
+
+    loader = SizedLoader({"inner": 1})
+    cache = ModelCache(
+        loader,
+        memory_bytes=None,
+        max_models=None,
+        clock=ManualClock(),
+        find_embedder=find,
+        on_reuse_event=lambda event: None,
+    )
+    with pytest.raises(ModelRefusedError, match="embedder"):
+        World(loader, cache).ask(entry("inner", semantic=SEMANTIC)).result(PATIENCE_S)
+    cache.close()
+
+
+def test_load_that_failed_for_now_is_tried_again_when_it_said(make_world: MakeWorld) -> None:
+    """Its error used to stand for up to a minute, and to tell callers to come again all the while."""
+    clock = ManualClock()
+    world = make_world({"a": 1}, clock=clock)
+    world.loader.refused["a"] = ModelTooLargeError("held by models in use", retry_after_s=5.0)
+    for _ in range(8):
+        with pytest.raises(ModelTooLargeError):
+            world.lease("a")
+        clock.advance(5.1)
+    assert world.loader.started == ["a"] * 8
+    with pytest.raises(ModelTooLargeError):
+        world.lease("a")
+    clock.advance(3.0)
+    with pytest.raises(ModelTooLargeError) as refused:
+        world.lease("a")
+    assert refused.value.retry_after_s == pytest.approx(2.0)
+
+
+def test_load_for_which_there_is_no_thread_can_be_tried_again(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model used to count as being loaded for good."""
+    world = make_world({"a": 1})
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.cache._pool, "submit", refuse)
+        with pytest.raises(RuntimeError):
+            world.ask(entry("a"))
+    world.touch("a")
+    assert world.cache.status(entry("a")).num_running == 0
+
+
+def test_load_may_fail_any_number_of_times(make_world: MakeWorld) -> None:
+    """From the 1,025th failure on the delay was no number any more, and nobody was told of the failure."""
+    world = make_world({"a": 1}, clock=ManualClock())
+    world.loader.refused["a"] = ModelRefusedError("no good")
+    with pytest.raises(ModelRefusedError):
+        world.lease("a")
+    world.cache._slots[entry("a").key].num_failures = 2000
+    with pytest.raises(ModelRefusedError):
+        world.operate(world.cache.load, entry("a"), None)
+
+
+def test_one_who_cannot_take_the_answer_does_not_keep_it_from_the_others(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world({"a": 1})
+    gate = world.loader.gates["a"] = threading.Event()
+
+    def break_down(answer: object) -> None:
+        raise ZeroDivisionError
+
+    world.cache.load(entry("a"), None, break_down)
+    told: Future[ModelStatus | PredictError] = Future()
+    world.cache.load(entry("a"), None, told.set_result)
+    gate.set()
+    assert isinstance(told.result(PATIENCE_S), ModelStatus)
+    assert "ZeroDivisionError" in caplog.text

@@ -54,9 +54,7 @@ def test_plain_source_lies_below_the_model_root(tmp_path: Path) -> None:
     assert found["b"].source == str(Path.cwd() / "x")
 
 
-def test_a_source_may_lie_beside_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_may_lie_beside_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     assert models(predict_models="a=../x", model_root=str(tmp_path))["a"].source == str(tmp_path / "x")

@@ -141,7 +141,7 @@ def _status_table(models: tuple[kvserve.ModelStatus, ...]) -> str:
                 model.kind,
                 model.version or "-",
                 model.task or "-",
-                f"{model.num_parameters:,}",
+                f"{model.num_parameters:,}" if model.num_parameters else "-",
                 show_bytes(model.kv_bytes or model.num_bytes),
                 show_rate(model.traffic_share) if model.traffic_share else "-",
                 f"{model.running_requests:,}",

@@ -55,7 +55,9 @@ def _policy_lines(policy: kvserve.ReusePolicy) -> dict[str, str]:
         lines["key"] = f"the first {policy.num_key_features} features{width}"
     if policy.threshold:
         lines["threshold"] = (
-            "above 1: only exact repeats are reused yet" if policy.threshold > 1 else f"{policy.threshold:.4f}"
+            "above 1: only exact repeats are reused yet"
+            if policy.threshold > 1
+            else f"{policy.threshold:.4f}"
         )
     if policy.max_error is not None:
         lines["certificate"] = f"error at most {policy.max_error:g}"
@@ -63,6 +65,8 @@ def _policy_lines(policy: kvserve.ReusePolicy) -> dict[str, str]:
 
 
 def _lifetime(policy: kvserve.ReusePolicy) -> str:
+    if policy.stopped:
+        return "STOPPED: nothing is reused until comparisons show that it may be"
     if policy.lifetime_s is None:
         return "no end"
     bounds = f"{show_seconds(policy.min_lifetime_s)} to {show_seconds(policy.max_lifetime_s)}"

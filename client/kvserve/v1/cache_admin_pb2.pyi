@@ -878,7 +878,7 @@ class ReuseKey(_message.Message):
     def __init__(self, key: _Optional[str] = ..., risk: _Optional[_Union[ReuseRisk, _Mapping]] = ..., lifetime_s: _Optional[float] = ..., stopped: _Optional[bool] = ..., num_hits: _Optional[int] = ...) -> None: ...
 
 class ReusePolicy(_message.Message):
-    __slots__ = ("name", "traffic_share", "num_key_features", "bin_width", "threshold", "lifetime_s", "min_lifetime_s", "max_lifetime_s", "max_changed", "max_cosine_distance", "max_l2", "max_error", "sample_share", "num_entries", "max_entries", "num_bytes", "num_lookups", "num_hits", "num_absent", "num_expired", "num_stopped", "num_uncertified", "num_evicted", "num_alarms", "num_stopped_keys", "risk", "keys", "hit_s", "miss_s")
+    __slots__ = ("name", "traffic_share", "num_key_features", "bin_width", "threshold", "lifetime_s", "min_lifetime_s", "max_lifetime_s", "max_changed", "max_cosine_distance", "max_l2", "max_error", "sample_share", "num_entries", "max_entries", "num_bytes", "num_lookups", "num_hits", "num_absent", "num_expired", "num_stopped", "num_uncertified", "num_evicted", "num_alarms", "num_stopped_keys", "risk", "keys", "hit_s", "miss_s", "stopped")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TRAFFIC_SHARE_FIELD_NUMBER: _ClassVar[int]
     NUM_KEY_FEATURES_FIELD_NUMBER: _ClassVar[int]
@@ -908,6 +908,7 @@ class ReusePolicy(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     HIT_S_FIELD_NUMBER: _ClassVar[int]
     MISS_S_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     name: str
     traffic_share: float
     num_key_features: int
@@ -937,7 +938,8 @@ class ReusePolicy(_message.Message):
     keys: _containers.RepeatedCompositeFieldContainer[ReuseKey]
     hit_s: float
     miss_s: float
-    def __init__(self, name: _Optional[str] = ..., traffic_share: _Optional[float] = ..., num_key_features: _Optional[int] = ..., bin_width: _Optional[float] = ..., threshold: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., min_lifetime_s: _Optional[float] = ..., max_lifetime_s: _Optional[float] = ..., max_changed: _Optional[float] = ..., max_cosine_distance: _Optional[float] = ..., max_l2: _Optional[float] = ..., max_error: _Optional[float] = ..., sample_share: _Optional[float] = ..., num_entries: _Optional[int] = ..., max_entries: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_lookups: _Optional[int] = ..., num_hits: _Optional[int] = ..., num_absent: _Optional[int] = ..., num_expired: _Optional[int] = ..., num_stopped: _Optional[int] = ..., num_uncertified: _Optional[int] = ..., num_evicted: _Optional[int] = ..., num_alarms: _Optional[int] = ..., num_stopped_keys: _Optional[int] = ..., risk: _Optional[_Union[ReuseRisk, _Mapping]] = ..., keys: _Optional[_Iterable[_Union[ReuseKey, _Mapping]]] = ..., hit_s: _Optional[float] = ..., miss_s: _Optional[float] = ...) -> None: ...
+    stopped: bool
+    def __init__(self, name: _Optional[str] = ..., traffic_share: _Optional[float] = ..., num_key_features: _Optional[int] = ..., bin_width: _Optional[float] = ..., threshold: _Optional[float] = ..., lifetime_s: _Optional[float] = ..., min_lifetime_s: _Optional[float] = ..., max_lifetime_s: _Optional[float] = ..., max_changed: _Optional[float] = ..., max_cosine_distance: _Optional[float] = ..., max_l2: _Optional[float] = ..., max_error: _Optional[float] = ..., sample_share: _Optional[float] = ..., num_entries: _Optional[int] = ..., max_entries: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_lookups: _Optional[int] = ..., num_hits: _Optional[int] = ..., num_absent: _Optional[int] = ..., num_expired: _Optional[int] = ..., num_stopped: _Optional[int] = ..., num_uncertified: _Optional[int] = ..., num_evicted: _Optional[int] = ..., num_alarms: _Optional[int] = ..., num_stopped_keys: _Optional[int] = ..., risk: _Optional[_Union[ReuseRisk, _Mapping]] = ..., keys: _Optional[_Iterable[_Union[ReuseKey, _Mapping]]] = ..., hit_s: _Optional[float] = ..., miss_s: _Optional[float] = ..., stopped: _Optional[bool] = ...) -> None: ...
 
 class GetReuseResponse(_message.Message):
     __slots__ = ("model", "version", "kind", "policies")

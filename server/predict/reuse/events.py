@@ -29,10 +29,12 @@ def log_event(log: logging.Logger, event: ReuseEvent) -> None:
             event.limit,
         )
         return
+    # 0 is both no reuse and no end; which of them, the kind says.
+    no_number = "0 s" if event.kind is EventKind.STOPPED else "without end"
     log.log(
         logging.DEBUG if event.key else logging.INFO,
         "reuse %s: %s: lifetime %s",
         event.kind.value,
         where,
-        f"{event.lifetime_s:g} s" if event.lifetime_s else "none",
+        f"{event.lifetime_s:g} s" if event.lifetime_s else no_number,
     )

@@ -165,6 +165,7 @@ class ReusePolicy:
             num_key_features=settings.rule.num_features,
             bin_width=settings.rule.bin_width,
             lifetime_s=_plain(max(lifetime, ladder.edges[0])),
+            stopped=lifetime <= 0,
             min_lifetime_s=settings.min_lifetime_s,
             max_lifetime_s=settings.max_lifetime_s,
             max_changed=settings.budget.max_changed or 0.0,

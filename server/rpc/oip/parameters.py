@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from server.rpc.errors import InvalidArgument
 from server.rpc.oip import open_inference_pb2 as pb
 from server.rpc.oip.tensors import OutputTensor
 
-__all__ = ["InferOptions", "wanted_tensor"]
+__all__ = ["InferOptions", "wanted_tensor", "wanted_tensors"]
 
 MAX_CLASSES = 10_000
 _IGNORED = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
@@ -33,6 +35,21 @@ class InferOptions:
             elif name not in _IGNORED and not name.startswith("triton_"):
                 known = "truncate and reuse (bool) and timeout (int, microseconds)"
                 raise InvalidArgument.of("parameters", f"{name[:64]!r} is not known; known are {known}")
+
+
+def wanted_tensors(
+    outputs: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor], tensors: dict[str, OutputTensor]
+) -> list[tuple[OutputTensor, int]]:
+    """Return the requested tensors, each as :func:`wanted_tensor`; all of them if none is requested.
+
+    Each at most once: an answer must not be many times what the model gave.
+    """
+    names = {output.name for output in outputs}
+    if len(names) < len(outputs):
+        raise InvalidArgument.of("outputs", "must not name a tensor twice")
+    if not outputs:
+        return [(tensor, 0) for tensor in tensors.values()]
+    return [wanted_tensor(output, tensors) for output in outputs]
 
 
 def wanted_tensor(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from grpc import aio
 
@@ -18,15 +19,18 @@ from server.predict.errors import PredictError
 from server.predict.interface import PredictBackend, PredictState
 from server.predict.messages import LoadModel, ModelPhase, ModelStats, ModelStatus, UnloadModel
 from server.rpc.call import Call, current_call
-from server.rpc.errors import CallError, InvalidArgument, ModelNotLoaded
+from server.rpc.errors import CallError, InvalidArgument, ModelNotLoaded, ResponseTooLarge, Unavailable
+from server.rpc.model_infos import ModelInfos
 from server.rpc.oip import open_inference_pb2 as pb
 from server.rpc.oip import open_inference_pb2_grpc as services
-from server.rpc.oip.parameters import InferOptions, wanted_tensor
+from server.rpc.oip.parameters import InferOptions, wanted_tensors
 from server.rpc.oip.signature import classification_of, inputs_of, outputs_of, tensors_of
 from server.rpc.oip.tensors import OutputTensor, read_inputs
-from server.rpc.predict_errors import error_from_predict
+from server.rpc.predict_errors import error_from_predict, internal_error
 from server.rpc.predict_service import PredictObserver
+from server.rpc.receiving import RequestStream
 from server.rpc.stream_writer import StreamWriter
+from server.rpc.validation import Violations
 
 __all__ = ["InferenceService"]
 
@@ -37,6 +41,8 @@ _EXTENSIONS = ("classification", "model_repository", "model_repository(unload_de
 _STATES = {ModelPhase.READY: "READY", ModelPhase.LOADING: "LOADING", ModelPhase.DRAINING: "UNLOADING"}
 
 Context = aio.ServicerContext[Any, Any]
+Answering = asyncio.Task[pb.ModelStreamInferResponse]
+_T = TypeVar("_T")
 
 
 class InferenceService(services.GRPCInferenceServiceServicer):
@@ -48,12 +54,24 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         *,
         max_inputs: int,
         write_timeout_s: float,
+        max_message_bytes: int = 4 << 20,
         observer: PredictObserver | None = None,
     ) -> None:
         self._backend = backend
+        self._infos = ModelInfos(backend)
         self._observer = observer
         self._max_inputs = max_inputs
         self._write_timeout_s = write_timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._readers: set[asyncio.Task[None]] = set()
+        """Of open streams."""
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Refuse new streams from now on; open ones answer what they have read and end."""
+        self._is_draining = True
+        for reader in self._readers:
+            reader.cancel()
 
     # -- server and models --------------------------------------------------------------------------
 
@@ -74,9 +92,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
         """Say what the server is."""
-        return pb.ServerMetadataResponse(
-            name="kvserve", version=version_of("kvserve-server"), extensions=_EXTENSIONS
-        )
+        return pb.ServerMetadataResponse(name="kvserve", version=_server_version(), extensions=_EXTENSIONS)
 
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Context
@@ -131,8 +147,10 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
         """Count what models did, as of about a second ago."""
+        version = ""
         if request.name:
-            await self._describe(request.name, request.version)
+            described = await self._describe(request.name, request.version)
+            version = described.version if request.version else ""
         models = await self._backend.models()
         stats = self._backend.stats
         counted = {} if stats is None else {(model.name, model.version): model for model in stats.models}
@@ -140,7 +158,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
             model_stats=[
                 _statistics(model, counted.get((model.name, model.version)))
                 for model in models.models
-                if request.name in ("", model.name) and request.version in ("", model.version)
+                if request.name in ("", model.name) and version in ("", model.version)
             ]
         )
 
@@ -171,6 +189,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         """Load a model's latest version; return when it is ready."""
         if request.parameters:
             raise InvalidArgument.of("parameters", "a model's configuration and files cannot be sent")
+        _check_names("model_name", request.model_name, "version", "")
         await self._load(request.model_name, "")
         return pb.RepositoryModelLoadResponse()
 
@@ -178,6 +197,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload all versions of a model, once the calls that run have ended."""
+        _check_names("model_name", request.model_name, "version", "")
         remaining_s = current_call.get().remaining_s()
         try:
             drain_s = min(remaining_s or DRAIN_S, DRAIN_S)
@@ -192,14 +212,18 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         """Compute."""
         return await self._infer(request, current_call.get())
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:  # noqa: N802
-        """Compute what comes, answering in the order of the requests; a failure is an answer as well."""
+    async def ModelStreamInfer(self, requests: RequestStream, context: Context) -> None:  # noqa: N802
+        """Compute what comes, answering in the order of the requests; a failure is an answer as well.
+
+        What cannot be read ends the stream, after the answers to what came before it.
+        """
+        self._check_taking_requests()
         call = current_call.get()
         writer = StreamWriter(context, timeout_s=self._write_timeout_s)
-        order: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(MAX_IN_FLIGHT)
+        order: asyncio.Queue[Answering] = asyncio.Queue(MAX_IN_FLIGHT)
         tasks: set[asyncio.Task[Any]] = set()
 
-        def begin(work: Any) -> asyncio.Task[Any]:
+        def begin(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
             task = asyncio.create_task(work)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -207,29 +231,42 @@ class InferenceService(services.GRPCInferenceServiceServicer):
 
         async def read() -> None:
             async for request in requests:
-                await order.put(begin(self._infer_or_say(request, call)))
-            await order.put(None)
+                await order.put(begin(self._infer_or_say(request, requests.fault, call)))
 
         reading = begin(read())
+        self._readers.add(reading)
         try:
             while (task := await _next(order, reading)) is not None:
                 await writer.write(await task)
         finally:
+            self._readers.discard(reading)
             writer.close()
-            for task in list(tasks):
-                task.cancel()
+            running = list(tasks)
+            for each in running:
+                each.cancel()
+            if running:
+                await asyncio.wait(running)
+        self._check_taking_requests()
 
-    async def _infer_or_say(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelStreamInferResponse:
+    async def _infer_or_say(
+        self, request: pb.ModelInferRequest, fault: InvalidArgument | None, call: Call
+    ) -> pb.ModelStreamInferResponse:
         try:
+            if fault is not None:
+                raise fault
             return pb.ModelStreamInferResponse(infer_response=await self._infer(request, call))
         except CallError as error:
-            response = pb.ModelInferResponse(
-                model_name=request.model_name, model_version=request.model_version, id=request.id
-            )
-            return pb.ModelStreamInferResponse(error_message=error.message, infer_response=response)
+            failure = error
+        except Exception as error:  # noqa: BLE001 - this request fails, the stream does not
+            failure = internal_error(error)
+        response = pb.ModelInferResponse(
+            model_name=request.model_name, model_version=request.model_version, id=request.id
+        )
+        return pb.ModelStreamInferResponse(error_message=failure.message, infer_response=response)
 
     async def _infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         started_s = time.perf_counter()
+        _check_names("model_name", request.model_name, "model_version", request.model_version)
         options = InferOptions(request)
         inputs = read_inputs(request, max_inputs=self._max_inputs)
         deadline_s = call.remaining_s()
@@ -245,23 +282,22 @@ class InferenceService(services.GRPCInferenceServiceServicer):
                 deadline_s=deadline_s,
                 tenant=call.caller.salt,
             )
-            status = await self._backend.describe(request.model_name, answer.version)
         except PredictError as error:
             raise error_from_predict(error, inputs="inputs", item="inputs[0].contents") from error
-        info = status.info
-        if info is None:
-            raise ModelNotLoaded("the model was unloaded meanwhile")
+        info = await self._infos.of(request.model_name, answer.version)
         tensors = tensors_of(info, answer.outputs)
-        wanted = [wanted_tensor(output, tensors) for output in request.outputs] or [
-            (tensor, 0) for tensor in tensors.values()
-        ]
-        response = pb.ModelInferResponse(model_name=status.name, model_version=answer.version, id=request.id)
+        wanted = wanted_tensors(request.outputs, tensors)
+        response = pb.ModelInferResponse(
+            model_name=request.model_name, model_version=answer.version, id=request.id
+        )
         for tensor, num_classes in wanted:
             _append(response, classification_of(info, answer.outputs, num_classes) if num_classes else tensor)
+        if response.ByteSize() > self._max_message_bytes:
+            raise ResponseTooLarge("the answer exceeds the server's message limit; send fewer inputs at once")
         if self._observer is not None:
             self._observer.answered(
                 info.task,
-                status.name,
+                request.model_name,
                 answer.version,
                 num_inputs=len(answer.outputs),
                 num_tokens=sum(output.num_tokens for output in answer.outputs),
@@ -273,7 +309,12 @@ class InferenceService(services.GRPCInferenceServiceServicer):
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _check_taking_requests(self) -> None:
+        if self._is_draining:
+            raise Unavailable("the server is shutting down", reason="DRAINING")
+
     async def _describe(self, name: str, version: str) -> ModelStatus:
+        _check_names("name", name, "version", version)
         try:
             return await self._backend.describe(name, version)
         except PredictError as error:
@@ -300,18 +341,34 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         return status
 
 
-async def _next(
-    order: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None], reading: asyncio.Task[None]
-) -> asyncio.Task[pb.ModelStreamInferResponse] | None:
-    """Return the next answer's task; raise what ended the reading before it."""
+async def _next(order: asyncio.Queue[Answering], reading: asyncio.Task[None]) -> Answering | None:
+    """Return the next answer's task; None: all is read, or no more may be. Raises what ended the reading."""
     taking = asyncio.ensure_future(order.get())
     try:
         await asyncio.wait({taking, reading}, return_when=asyncio.FIRST_COMPLETED)
-        if not taking.done():
-            reading.result()  # raises, or has put its None
-        return await taking
+        if taking.done():
+            return taking.result()
+        if not reading.cancelled():
+            reading.result()
+        return None
     finally:
         taking.cancel()
+
+
+def _check_names(name_field: str, name: str, version_field: str, version: str) -> None:
+    """Refuse what cannot be a model's name before it goes anywhere. Raises :class:`InvalidArgument`."""
+    violations = Violations()
+    violations.model_name(name_field, name)
+    if version:
+        violations.plain_name(version_field, version)
+    violations.raise_if_any()
+
+
+def _server_version() -> str:
+    try:
+        return version_of("kvserve-server")
+    except PackageNotFoundError:  # run from its sources
+        return ""
 
 
 def _append(response: pb.ModelInferResponse, tensor: OutputTensor) -> None:
@@ -333,7 +390,7 @@ def _statistics(model: ModelStatus, stats: ModelStats | None) -> pb.ModelStatist
         return found
     found.inference_count = stats.num_inputs
     found.execution_count = stats.num_batches
-    num_good = stats.num_calls - stats.num_failed
+    num_good = stats.num_calls - stats.num_failed - stats.num_cancelled
     for name, count, seconds in (
         ("success", num_good, stats.queue_s + stats.compute_s),
         ("fail", stats.num_failed, 0.0),

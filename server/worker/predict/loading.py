@@ -16,7 +16,6 @@ import hashlib
 import inspect
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,14 +50,12 @@ __all__ = ["load_text_model", "text_model_bytes"]
 _BUFFER_BYTES = 1 << 20
 """For tables that a family makes itself (positions, rotations)."""
 
-_building = threading.Lock()
-"""transformers patches its own classes while it builds a model (``tie_weights``, the default dtype): of two
-at once one misses its tied weights, and the patches may stay for good."""
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 _ONE_AT_A_TIME = Lock()
 """transformers imports families when they are first used; from two threads at once such imports can see each
-other half done. Reading is left outside: it is what takes long."""
+other half done. It also patches its classes while it builds (``tie_weights``, the default dtype): of two at
+once one misses its tied weights, and the patches may stay. Reading is left outside: it takes long."""
 
 logger = logging.getLogger(__name__)
 hf_logging.disable_progress_bar()
@@ -206,16 +203,15 @@ def _build(parts: _Parts, weights: Weights, notes: list[str]) -> PreTrainedModel
     parts.config.use_cache = False
     try:
         # Keys of other versions are renamed and experts fused in there; equal types are taken as they are.
-        with _building:
-            model, found = recipe.model_class.from_pretrained(
-                None,
-                config=parts.config,
-                state_dict=weights.tensors,
-                dtype=parts.dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **settings,
-            )
+        model, found = recipe.model_class.from_pretrained(
+            None,
+            config=parts.config,
+            state_dict=weights.tensors,
+            dtype=parts.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a family's constructor raises
