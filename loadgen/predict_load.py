@@ -24,6 +24,7 @@ from loadgen.summary import percentile
 
 __all__ = ["LoadReport", "main"]
 
+NOISE = 0.02
 WORDS = ("river", "mountain", "engine", "letter", "garden", "window", "number", "signal", "market", "winter")
 
 
@@ -54,19 +55,27 @@ def text_requests(model: str, *, words: int, count: int, seed: int) -> list[pb.P
 
 
 def feature_requests(
-    model: str, *, features: int, keys: int, count: int, seed: int
+    model: str, *, features: int, keys: int, rows: int, count: int, seed: int
 ) -> list[pb.PredictRequest]:
-    """Return requests of one row each: ``keys`` beginnings of 24 features, with fresh ends."""
+    """Return requests of ``rows`` rows each: of ``keys`` ones, whose features after the 24th move a little.
+
+    So that reuse stays within its budget: with ends of their own for every row it would rightly be stopped.
+    """
     rng = random.Random(seed)
-    beginnings = [[rng.gauss(0, 1) for _ in range(min(24, features))] for _ in range(keys)]
-    requests = []
-    for _ in range(count):
-        beginning = rng.choice(beginnings)
-        row = beginning + [rng.gauss(0, 1) for _ in range(features - len(beginning))]
-        requests.append(
-            pb.PredictRequest(model=model, features=pb.FeatureRows(rows=[pb.FeatureRow(values=row)]))
+    known = [[rng.gauss(0, 1) for _ in range(features)] for _ in range(keys)]
+
+    def moved(row: list[float]) -> list[float]:
+        return row[:24] + [value + rng.gauss(0, NOISE) for value in row[24:]]
+
+    return [
+        pb.PredictRequest(
+            model=model,
+            features=pb.FeatureRows(
+                rows=[pb.FeatureRow(values=moved(rng.choice(known))) for _ in range(rows)]
+            ),
         )
-    return requests
+        for _ in range(count)
+    ]
 
 
 class Load:
@@ -163,7 +172,12 @@ async def run(options: argparse.Namespace) -> LoadReport:
     make: Callable[[int], list[pb.PredictRequest]]
     if options.features:
         make = lambda seed: feature_requests(  # noqa: E731
-            options.model, features=options.features, keys=options.keys, count=5000, seed=seed
+            options.model,
+            features=options.features,
+            keys=options.keys,
+            rows=options.rows,
+            count=max(100, 5000 // options.rows),
+            seed=seed,
         )
     else:
         make = lambda seed: text_requests(options.model, words=options.words, count=5000, seed=seed)  # noqa: E731
@@ -206,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=14, help="words of a text")
     parser.add_argument("--features", type=int, default=0, help="rows of so many features instead of texts")
     parser.add_argument("--keys", type=int, default=1000, help="different beginnings of rows")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a call")
     parser.add_argument("--concurrency", type=int, default=32, help="calls open at a time")
     parser.add_argument("--stream", action="store_true", help="requests of one stream instead of calls")
     parser.add_argument("--rate", type=float, default=0.0, help="calls a second at random times, instead")

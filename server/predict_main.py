@@ -134,7 +134,9 @@ def build(options: PredictOptions, clock: Clock, outbox: Outbox) -> PredictHost:
     loader = Loader(options, clock=clock)
     if options.model_root is not None or any(spec.source is not None for spec in options.models):
         threading.Thread(target=loader.warm_up, name="warm-up", daemon=True).start()
-    return PredictHost(options, loader, clock=clock, send=outbox.send, send_all=outbox.send_all)
+    return PredictHost(
+        options, loader, clock=clock, send=outbox.send, send_all=outbox.send_all, is_settled=True
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

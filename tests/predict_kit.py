@@ -15,6 +15,7 @@ from server.predict.errors import ComputeError, InputError, ModelRefusedError
 from server.predict.host import PredictHost
 from server.predict.messages import (
     CallFailed,
+    CancelCall,
     FromPredict,
     Inputs,
     ModelInfo,
@@ -184,6 +185,7 @@ class HostKit:
         clock: Clock | None = None,
         preload: bool = False,
         num_tokenizer_threads: int = 2,
+        is_settled: bool = False,
         **options: object,
     ) -> None:
         self.rows = RowModel()
@@ -204,6 +206,7 @@ class HostKit:
             clock=clock or MonotonicClock(),
             send=self.said.put,
             num_tokenizer_threads=num_tokenizer_threads,
+            is_settled=is_settled,
         )
         self.ready: PredictReady | None = None
 
@@ -230,6 +233,9 @@ class HostKit:
             call_id = next(self._ids)
             self.host.handle(PredictCall(call_id, model, "", inputs, **fields))  # type: ignore[arg-type]
         return call_id
+
+    def cancel(self, call_id: int) -> None:
+        self.handle(CancelCall(call_id))
 
     def new_id(self) -> int:
         with self._lock:

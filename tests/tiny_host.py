@@ -94,6 +94,9 @@ class TinyHost:
             raise RuntimeError("a message that cannot be taken in")
         self._inbox.put(message)
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join(1.0)

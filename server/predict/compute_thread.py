@@ -1,4 +1,9 @@
-"""The one thread that computes, a batch at a time over all models."""
+"""Computing, a batch at a time over all models: a thread of its own, and the reader where that is quicker.
+
+Waking a thread costs more than a cheap model's batch of a few rows. So the reader thread, when it has handled
+what came together, computes such batches itself (:meth:`ComputeThread.help_out`), if nobody computes and
+nothing else waits. Who computes holds the baton: there is never more than one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import logging
 import threading
 
 from kvcore.clock import Clock
-from server.predict.batch import Batch
+from server.predict.batch import Batch, Turn
 from server.predict.calls import OpenCall
 from server.predict.computing import Culprit, compute_groups
 from server.predict.desk import EXPIRED_REASON, CallDesk
@@ -29,6 +34,7 @@ class ComputeThread:
         self._desk = desk
         self._clock = clock
         self._is_stopped = False
+        self._baton = threading.Lock()
         self.turn_started: float | None = None
         """Since when it is in one batch, by the clock; None: it is not. For a watchdog."""
         self._thread = threading.Thread(target=self._run, name="predict-compute", daemon=True)
@@ -46,12 +52,31 @@ class ComputeThread:
             self._thread.join(JOIN_S)
         return not self._thread.is_alive()
 
+    def help_out(self) -> None:
+        """Compute here and now what is quick, or leave it to the thread. The reader thread."""
+        desk = self._desk
+        if not desk.num_quick:
+            return
+        if self._baton.acquire(blocking=False):
+            try:
+                while (batch := self._next_quick_batch()) is not None:
+                    self._compute(batch)
+            finally:
+                self._baton.release()
+        with desk.lock:
+            desk.num_quick = 0
+            if desk.is_waiting and desk.batcher.num_waiting_inputs:
+                desk.work.notify()
+
     def _run(self) -> None:
         try:
             while not self._is_stopped:
-                batch = self._next_batch()
-                if batch is not None:
-                    self._compute(batch)
+                with self._baton:
+                    batch, wait_until_s, num_added = self._next_batch()
+                    if batch is not None:
+                        self._compute(batch)
+                if batch is None:
+                    self._wait(wait_until_s, num_added)
         except Exception as error:
             # Not a model's fault, that is dealt with below: nothing known of calls can be trusted any more.
             log.exception("the compute thread has broken")
@@ -59,25 +84,49 @@ class ComputeThread:
             self.turn_started = self._clock.now()
             self._desk.close(error, drain_s=0.0)
 
-    def _next_batch(self) -> Batch[OpenCall] | None:
-        """Wait for a batch; None: look again. Its calls are in use."""
+    def _wait(self, until_s: float | None, num_added: int) -> None:
+        """Wait for something new to compute since ``num_added`` were, or for a time."""
+        desk = self._desk
+        with desk.lock:
+            if desk.num_added == num_added and not self._is_stopped:
+                desk.is_waiting = True
+                desk.work.wait(None if until_s is None else max(0.0, until_s - self._clock.now()))
+                desk.is_waiting = False
+
+    def _next_batch(self) -> tuple[Batch[OpenCall] | None, float | None, int]:
+        """Return a batch, whose calls are in use; else until when to wait, and what was added so far."""
         desk = self._desk
         out = Outgoing()
         with desk.lock:
-            now_s = self._clock.now()
-            turn = desk.batcher.next(now_s)
-            for call in turn.expired:
-                desk.fail(call, ExpiredError(EXPIRED_REASON), out)
-            if turn.batch is not None:
-                for share in turn.batch.shares:
-                    share.key.is_in_use = True
-            elif not out and not self._is_stopped:
-                desk.is_waiting = True
-                desk.work.wait(None if turn.look_again_s is None else turn.look_again_s - now_s)
-                desk.is_waiting = False
+            turn = self._take_turn(out)
+            num_added = desk.num_added
         if out:
             desk.flush(out)
-        return turn.batch
+        return turn.batch, turn.look_again_s, num_added
+
+    def _next_quick_batch(self) -> Batch[OpenCall] | None:
+        """Return a batch if all that waits is quick."""
+        desk = self._desk
+        out = Outgoing()
+        with desk.lock:
+            if not desk.num_quick or desk.batcher.num_waiting_inputs != desk.num_quick:
+                return None
+            batch = self._take_turn(out).batch
+            if batch is not None:
+                desk.num_quick -= batch.num_inputs
+        if out:
+            desk.flush(out)
+        return batch
+
+    def _take_turn(self, out: Outgoing) -> Turn[OpenCall]:
+        """Ask the batcher. Locked."""
+        turn = self._desk.batcher.next(self._clock.now())
+        for call in turn.expired:
+            self._desk.fail(call, ExpiredError(EXPIRED_REASON), out)
+        if turn.batch is not None:
+            for share in turn.batch.shares:
+                share.key.is_in_use = True
+        return turn
 
     def _compute(self, batch: Batch[OpenCall]) -> None:
         desk, shares = self._desk, batch.shares

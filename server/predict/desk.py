@@ -52,6 +52,10 @@ class CallDesk:
         """Notified when there is something to compute and ``is_waiting``."""
         self.is_waiting = False
         """The compute thread has nothing to do, or holds a batch back."""
+        self.num_added = 0
+        """Calls that were let wait for a batch so far."""
+        self.num_quick = 0
+        """Inputs that the reader thread has let wait without a wake-up, to compute them itself."""
         self._none_open = threading.Condition(self.lock)
         self._is_closing = False
         self.deadlines: Deadlines[OpenCall] = Deadlines()
@@ -115,7 +119,10 @@ class CallDesk:
         except PredictError as error:
             self.fail(call, error, out)
             return
-        if self.is_waiting:
+        self.num_added += 1
+        if call.is_quick:
+            self.num_quick += len(call.items)
+        elif self.is_waiting:
             self.work.notify()
 
     def cancel(self, call_id: int) -> None:

@@ -2,7 +2,7 @@
 
 ::
 
-    reader       handle: route, lease --------------+--> rows, few: prepare --.
+    reader       handle: route, lease --------------+--> rows, few: prepare --.   settle: quick batches
     loaders      a lease that waited for its load --+                          >-- batcher
     tokenizers                                      '--> prepare, in pieces --'       |
     compute      next batch, run it, answer  <----------------------------------------'
@@ -56,8 +56,11 @@ class PredictHost:
         send_all: Callable[[Sequence[FromPredict]], None] | None = None,
         num_tokenizer_threads: int = 2,
         seed: int = 0,
+        is_settled: bool = False,
     ) -> None:
         """Start nothing yet. ``send``, and ``send_all`` for several at once, are called from any thread.
+
+        ``is_settled``: the reader calls :meth:`settle` after each few messages, and quick calls are computed.
 
         ``seed``: of the draw that routes calls to canaries. Raises ``ModelRefusedError`` for a catalogue that
         makes no sense.
@@ -98,6 +101,7 @@ class PredictHost:
             num_tokenizer_threads=num_tokenizer_threads,
             seed=seed,
             wake_by=self._housekeeper.wake_by,
+            is_settled=is_settled,
         )
         self._compute = ComputeThread(self._desk, clock)
 
@@ -122,6 +126,10 @@ class PredictHost:
             self._desk.cancel(message.call_id)
         else:
             self._ops.handle(message)
+
+    def settle(self) -> None:
+        """Compute what is quick: all messages that came together were handled. The reader thread."""
+        self._compute.help_out()
 
     def close(self, *, drain_s: float = 0.0) -> None:
         """Refuse new calls, let open ones finish for so long, fail the rest, end all threads. Idempotent."""

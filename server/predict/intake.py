@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 from kvcore.clock import Clock
@@ -26,6 +27,8 @@ __all__ = ["Intake"]
 
 MAX_INLINE_ROWS = 64
 """Up to so many rows are prepared by the thread that brings them: handing them on would take longer."""
+QUICK_S = 0.001
+"""Calls that are expected to take less may be computed by the thread that brings them."""
 PADDING_EXECUTOR = "transformers"
 
 
@@ -43,14 +46,20 @@ class Intake:
         num_tokenizer_threads: int,
         seed: int,
         wake_by: Callable[[float], None],
+        is_settled: bool,
     ) -> None:
-        """``seed``: of the draw that routes calls to canaries. ``wake_by`` as for ``CallDesk.open``."""
+        """``seed``: of the draw that routes calls to canaries. ``wake_by`` as for ``CallDesk.open``.
+
+        ``is_settled``: somebody sees to it that quick calls are computed once they have been brought.
+        """
         self._desk = desk
         self._catalogue = catalogue
         self._cache = cache
         self._clock = clock
         self._max_inputs = max_inputs
         self._wake_by = wake_by
+        self._is_settled = is_settled
+        self._reader: int | None = None
         self._draw = random.Random(seed)  # noqa: S311 - shares of traffic are no secret
         self._tokenizers = TokenizerPool(num_tokenizer_threads, self._prepare_piece)
 
@@ -76,6 +85,7 @@ class Intake:
         self._desk.open(call, wake_by=self._wake_by)
         if call.is_ended:
             return
+        self._reader = threading.get_ident()
         try:
             self._cache.lease(entry, lambda answer: self._leased(call, answer))
         except Exception as error:  # noqa: BLE001 - as above
@@ -100,6 +110,8 @@ class Intake:
             return
         call.is_padded = info.executor == PADDING_EXECUTOR
         if info.task is Task.FEATURES and call.inputs.num_rows <= MAX_INLINE_ROWS:
+            # What a loader thread brings nobody settles.
+            call.is_quick = self._is_settled and threading.get_ident() == self._reader
             self._prepare_piece(call)
         else:
             self._tokenizers.put(call)
@@ -124,6 +136,9 @@ class Intake:
             if error is not None:
                 desk.fail(call, error, out)
             elif is_complete and not call.is_ended:
+                if call.is_quick:
+                    expected_s = desk.batcher.expected_s(call.key, len(call.items))
+                    call.is_quick = 0 < expected_s < QUICK_S
                 desk.add_to_batcher(call, is_padded=call.is_padded, out=out)
         if out:
             desk.flush(out)

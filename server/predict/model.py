@@ -4,7 +4,7 @@
 
     ModelLoader.load(spec) --> PredictModel         loader thread
         .prepare(texts or rows) --> [Prepared]      tokenizer threads; checks what only the model can check
-        .run([Prepared, ...]) --> [Output, ...]     the compute thread, one batch at a time over all models
+        .run([Prepared, ...]) --> [Output, ...]     one batch at a time over all models
         .close()                                    frees its memory
 """
 
@@ -47,7 +47,7 @@ class PredictModel(Protocol):
         ...
 
     def run(self, batch: Sequence[Prepared]) -> list[Output]:
-        """Compute a batch; the outputs do not depend on what else is in it. The compute thread alone.
+        """Compute a batch; the outputs do not depend on what else is in it. Never two at once.
 
         Raises ``ComputeError``.
         """

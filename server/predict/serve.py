@@ -45,6 +45,8 @@ class Host(Protocol):
 
     def handle(self, message: ToPredict) -> None: ...
 
+    def settle(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -106,6 +108,10 @@ class _PredictService(process.Service[PredictStart, ToPredict]):
         if self._host is None:
             raise MalformedFrameError("a call came before the process was ready")
         self._host.handle(message)
+
+    def settle(self) -> None:
+        if self._host is not None:
+            self._host.settle()
 
     def run(self) -> None:
         self._is_over.wait()

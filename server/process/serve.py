@@ -60,6 +60,9 @@ class Service(ABC, Generic[StartT, HeardT]):
     def handle(self, message: HeardT) -> None:
         """Take a message. Reader thread, also before ``build`` has returned; does not block for long."""
 
+    def settle(self) -> None:
+        """Note that all messages that came together have been handled. Reader thread."""
+
     @abstractmethod
     def run(self) -> None:
         """Work until it is over, or told so by ``front_end_is_gone``. Main thread, after ``build``."""
@@ -164,12 +167,14 @@ class _Served(Generic[StartT, HeardT]):
 
     def _read(self, messages: list[StartT | HeardT]) -> None:
         handle: Callable[[Any], None] = self._service.handle
+        settle = self._service.settle
         try:
             while True:
                 for message in messages:
                     if isinstance(message, self._start_type):
                         raise MalformedFrameError("the start message came twice")
                     handle(message)
+                settle()
                 messages = self._link.receive()
         except LinkClosedError:
             pass
