@@ -18,7 +18,8 @@ from tests.e2e.server_process import SMALL, ServerProcess, server
 
 __all__ = ["PredictServer", "check_tells_no_path", "predict_server", "until", "write_sums"]
 
-START = (*SMALL[: SMALL.index("--predict")], "--port", "0", "--metrics-port", "0", "--predict-threads", "2")
+# Of SMALL all but `--predict off`, with which it begins.
+START = (*SMALL[2:], "--port", "0", "--metrics-port", "0", "--predict-threads", "2")
 _SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _PATH = re.compile(r"(?:^|[\s'\"(=])/[\w.]")

@@ -100,6 +100,26 @@ async def test_stream_answers_each_request_of_any_model(zoo: Zoo, client: AsyncC
     assert isinstance(seen["nobody 0"].error, kvserve.NotFound)
 
 
+async def test_callers_who_ask_again_at_once_are_not_refused(zoo: Zoo) -> None:
+    # 96 of the 100 streams that a connection may have. What has ended but is not freed yet once counted too,
+    # and every other call was refused.
+    request = predict_pb2.PredictRequest(
+        model="bert", texts=predict_pb2.TextInputs(items=[predict_pb2.TextInput(text="the small river")])
+    )
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{zoo.server.process.port}") as channel:
+        predict: Any = channel.unary_unary(
+            "/kvserve.v1.PredictService/Predict",
+            request_serializer=predict_pb2.PredictRequest.SerializeToString,
+            response_deserializer=predict_pb2.PredictResponse.FromString,
+        )
+
+        async def caller() -> None:
+            for _ in range(20):
+                await predict(request, timeout=60)
+
+        await asyncio.gather(*(caller() for _ in range(96)))
+
+
 # ---- a real model ----
 
 

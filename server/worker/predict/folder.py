@@ -67,6 +67,11 @@ class ModelFolder:
         for path in sorted(p for p in self.path.iterdir() if not p.is_dir()):
             self._open(path.name).close()
 
+    @property
+    def has_manifest(self) -> bool:
+        """Say whether there is something to hold whole files against."""
+        return self._manifest is not None
+
     def check_digest(self, name: str, digest: str) -> None:
         """Raise ``ModelLoadError`` if the manifest says otherwise."""
         if self._manifest is not None and not hmac.compare_digest(self._manifest.get(name, ""), digest):

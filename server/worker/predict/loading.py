@@ -125,7 +125,10 @@ def _load(
     with _ONE_AT_A_TIME:
         parts = _check(folder, root, spec, device, notes)
     total = sum(file.num_bytes for file in parts.files)
-    with WeightReader() as reader, ThreadPoolExecutor(1, thread_name_prefix="kvserve-tokenizer") as pool:
+    with (
+        WeightReader(needs_digests=parts.folder.has_manifest) as reader,
+        ThreadPoolExecutor(1, thread_name_prefix="kvserve-tokenizer") as pool,
+    ):
         tokenizing = pool.submit(parts.tokenizer.build, lower_case=parts.recipe.lower_case)
         on_progress("reading", 0, total)
         weights = reader.read(parts.files, on_bytes=lambda done: on_progress("reading", done, total))
@@ -146,10 +149,10 @@ def _load(
                 max_length=length,
                 notes=notes,
             )
-        digests = weights.digests()
+        digests, contents = weights.digests(), weights.contents()
     for name, digest in digests.items():
         parts.folder.check_digest(name, digest)
-    info = _describe(parts, model, digests, num_parameters, executor, length, notes)
+    info = _describe(parts, model, contents, num_parameters, executor, length, notes)
     return TextModel(info, parts.recipe, tokenizer, executor, num_ids=num_token_ids(model))
 
 
@@ -245,7 +248,7 @@ def _build(parts: _Parts, weights: Weights, notes: list[str]) -> PreTrainedModel
 def _describe(
     parts: _Parts,
     model: PreTrainedModel,
-    digests: dict[str, str],
+    contents: dict[str, str],
     num_parameters: int,
     executor: Executor,
     length: int,
@@ -265,7 +268,7 @@ def _describe(
         max_length=length,
         pooling=recipe.pooling,
         normalized=recipe.normalize,
-        fingerprint=_fingerprint(parts, digests),
+        fingerprint=_fingerprint(parts, contents),
         num_parameters=num_parameters,
         num_bytes=_held_bytes(model) + executor.num_bytes,
         dtype=str(parts.dtype).removeprefix("torch."),
@@ -284,11 +287,11 @@ def _held_bytes(model: PreTrainedModel) -> int:
     return sum(storages.values())
 
 
-def _fingerprint(parts: _Parts, digests: dict[str, str]) -> str:
+def _fingerprint(parts: _Parts, contents: dict[str, str]) -> str:
     """Return a SHA-256 over all that decides what the model answers."""
     stable = {k: v for k, v in parts.folder.read_settings("config.json").items() if k not in _VOLATILE_CONFIG}
     recipe = parts.recipe
     tokenizer = hashlib.sha256(parts.folder.read("tokenizer.json") or b"").hexdigest()
     told = [recipe.task.value, recipe.pooling, recipe.normalize, recipe.lower_case]
-    text = json.dumps([stable, str(parts.dtype), sorted(digests.items()), tokenizer, told], sort_keys=True)
+    text = json.dumps([stable, str(parts.dtype), sorted(contents.items()), tokenizer, told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

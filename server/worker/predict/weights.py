@@ -1,5 +1,8 @@
 """Weights in memory: each file is read once, into memory of our own, and hashed while that goes on.
 
+Contents are named by a digest over the digests of pieces, which several threads make at once: SHA-256 over
+the whole would take longer than all the rest of a load. That is made only where a manifest asks for it.
+
 Every tensor has memory to itself: what the model does not use goes when nobody holds it any more, and where
 the model computes in the stored precision nothing is copied. It is no mapping of the file either: whoever
 changes or cuts that later changes nothing here.
@@ -22,6 +25,7 @@ from server.worker.errors import ModelLoadError
 __all__ = ["WeightReader", "Weights"]
 
 _PIECE_BYTES = 8 << 20
+NUM_HASHERS = 3
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -34,36 +38,46 @@ class Weights:
     """The tensors of all files, and each file's SHA-256 once it is known."""
 
     tensors: dict[str, torch.Tensor]
+    contents: Callable[[], dict[str, str]]
+    """Digests of contents, by file name; waits for the hashing to end."""
     digests: Callable[[], dict[str, str]]
-    """By file name; waits for the hashing to end."""
+    """SHA-256 of whole files, where it was asked for; waits as well."""
 
 
 class WeightReader:
-    """Reads weight files; a thread of its own hashes what was read."""
+    """Reads weight files; threads of its own hash what was read."""
 
-    def __init__(self) -> None:
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kvserve-hash")
+    def __init__(self, *, needs_digests: bool) -> None:
+        """``needs_digests``: also of whole files."""
+        self._needs_digests = needs_digests
+        self._pool = ThreadPoolExecutor(NUM_HASHERS, thread_name_prefix="kvserve-hash")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kvserve-hash-whole")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
 
     def read(self, files: Iterable[WeightFile], *, on_bytes: Callable[[int], None]) -> Weights:
         """Return the files' tensors. ``on_bytes``: how many were read so far. Raises ``ModelLoadError``."""
         tensors: dict[str, torch.Tensor] = {}
         digests: dict[str, Future[str]] = {}
+        contents: dict[str, list[Future[bytes]]] = {}
         num_before = 0
         for file in files:
             _check_dtypes(file)
             digest = hashlib.sha256()
+            parts = contents[file.path.name] = []
             done = 0
             told = 0
             with _open(file.path) as stream:
                 for piece, tensor in _pieces(file):
                     _fill(stream, piece, file)
-                    self._hasher.submit(digest.update, piece)
+                    parts.append(self._pool.submit(_sha256, piece))
+                    if self._needs_digests:
+                        self._hasher.submit(digest.update, piece)
                     done += len(piece)
                     if tensor is not None:
                         tensors |= tensor
@@ -71,9 +85,21 @@ class WeightReader:
                         on_bytes(num_before + done)
                         told = done
             file.check_unchanged()
-            digests[file.path.name] = self._hasher.submit(digest.hexdigest)
+            if self._needs_digests:
+                digests[file.path.name] = self._hasher.submit(digest.hexdigest)
             num_before += file.num_bytes
-        return Weights(tensors, lambda: {name: future.result() for name, future in digests.items()})
+        return Weights(
+            tensors,
+            lambda: {
+                name: _sha256(b"".join(part.result() for part in parts)).hex()
+                for name, parts in contents.items()
+            },
+            lambda: {name: future.result() for name, future in digests.items()},
+        )
+
+
+def _sha256(piece: memoryview | bytes) -> bytes:
+    return hashlib.sha256(piece).digest()
 
 
 def _pieces(file: WeightFile) -> Any:
