@@ -121,6 +121,7 @@ def _of_models(models: Sequence[ModelStats]) -> Iterator[Metric]:
     yield _gauge("model_size_bytes", "Memory that the model takes.", each("num_bytes"), labels)
     yield _counter("calls", "Calls that ended.", each("num_calls"), labels)
     yield _counter("failed_calls", "Calls that ended without an answer.", each("num_failed"), labels)
+    yield _counter("cancelled_calls", "Calls that nobody waited for any more.", each("num_cancelled"), labels)
     yield _counter("batches", "Batches computed.", each("num_batches"), labels)
     yield _counter("batch_inputs", "Inputs computed.", each("num_inputs"), labels)
     yield _counter("batch_tokens", "Tokens computed.", each("num_tokens"), labels)
