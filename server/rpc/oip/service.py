@@ -17,7 +17,7 @@ from grpc import aio
 
 from server.predict.errors import PredictError
 from server.predict.interface import PredictBackend, PredictState
-from server.predict.messages import LoadModel, ModelPhase, ModelStats, ModelStatus, UnloadModel
+from server.predict.messages import LoadModel, ModelPhase, ModelStatus, UnloadModel
 from server.rpc.call import Call, current_call
 from server.rpc.errors import CallError, InvalidArgument, ModelNotLoaded, ResponseTooLarge, Unavailable
 from server.rpc.model_infos import ModelInfos
@@ -25,6 +25,7 @@ from server.rpc.oip import open_inference_pb2 as pb
 from server.rpc.oip import open_inference_pb2_grpc as services
 from server.rpc.oip.parameters import InferOptions, wanted_tensors
 from server.rpc.oip.signature import classification_of, inputs_of, outputs_of, tensors_of
+from server.rpc.oip.statistics import statistics_of
 from server.rpc.oip.tensors import OutputTensor, read_inputs
 from server.rpc.predict_errors import error_from_predict, internal_error
 from server.rpc.predict_service import PredictObserver
@@ -156,7 +157,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         counted = {} if stats is None else {(model.name, model.version): model for model in stats.models}
         return pb.ModelStatisticsResponse(
             model_stats=[
-                _statistics(model, counted.get((model.name, model.version)))
+                statistics_of(model, counted.get((model.name, model.version)))
                 for model in models.models
                 if request.name in ("", model.name) and version in ("", model.version)
             ]
@@ -380,30 +381,6 @@ def _is_ready(status: ModelStatus) -> bool:
     return status.phase is ModelPhase.READY or (
         status.phase in (ModelPhase.UNLOADED, ModelPhase.LOADING) and not status.held
     )
-
-
-def _statistics(model: ModelStatus, stats: ModelStats | None) -> pb.ModelStatistics:
-    found = pb.ModelStatistics(name=model.name, version=model.version)
-    if model.idle_s is not None:
-        found.last_inference = int((time.time() - model.idle_s) * 1000)
-    if stats is None:
-        return found
-    found.inference_count = stats.num_inputs
-    found.execution_count = stats.num_batches
-    num_good = stats.num_calls - stats.num_failed - stats.num_cancelled
-    for name, count, seconds in (
-        ("success", num_good, stats.queue_s + stats.compute_s),
-        ("fail", stats.num_failed, 0.0),
-        ("queue", num_good, stats.queue_s),
-        ("compute_infer", num_good, stats.compute_s),
-        ("cache_hit", sum(policy.num_hits for policy in stats.policies), 0.0),
-        ("cache_miss", sum(policy.num_lookups - policy.num_hits for policy in stats.policies), 0.0),
-    ):
-        duration = getattr(found.inference_stats, name)
-        duration.count, duration.ns = count, int(seconds * 1e9)
-    if model.phase is ModelPhase.READY:
-        found.memory_usage.add(type="CPU", byte_size=stats.num_bytes)
-    return found
 
 
 def _data_type(datatype: str) -> pb.DataType:
