@@ -122,7 +122,7 @@ class Tensor:
         Tensor(ROWS),
         [Tensor(row) for row in ROWS],
     ],
-    ids=str,
+    ids=lambda rows: type(rows).__name__,
 )
 def test_rows_come_from_whatever_holds_numbers(rows):
     assert rows_sent(rows) == ROWS
