@@ -24,6 +24,8 @@ async def server():
 
 
 async def start_kvctl(*arguments, **environment):
+    # The width of whoever runs the tests is not the commands'.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -32,7 +34,7 @@ async def start_kvctl(*arguments, **environment):
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(kvserve.__file__).parents[1]), **environment},
+        env={**inherited, "PYTHONPATH": str(Path(kvserve.__file__).parents[1]), **environment},
     )
 
 
