@@ -41,8 +41,8 @@ demo: install  ## in another terminal: three prompts with one shared system prom
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 .PHONY: test
-test: install  ## run the tests, two files at a time (ARGS='-k tree', ARGS='-n 0' for one)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: install  ## run the tests (ARGS='-k tree')
+	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
 lint: install  ## check style, types, and that the generated stubs are what protoc makes
