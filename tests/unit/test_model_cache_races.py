@@ -170,6 +170,8 @@ def test_whoever_waits_when_the_cache_closes_is_told(make_world: MakeWorld) -> N
     world.cache.unload(entry("used"), PATIENCE_S, drained.set_result)
     gates = [world.loader.gates.setdefault(name, threading.Event()) for name in ("one", "two")]
     begun = [world.ask(entry(name)) for name in ("one", "two")]
+    for _ in ("used", *begun):  # both loader threads are at work, not only asked to be
+        assert world.loader.begun.acquire(timeout=PATIENCE_S)
     late = world.ask(entry("late"))
     loaded: Future[ModelStatus | PredictError] = Future()
     world.cache.load(entry("late"), None, loaded.set_result)
