@@ -1,12 +1,38 @@
-"""Log lines of what happens to reuse."""
+"""What happens to reuse, told to the log and to whoever listens."""
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 
 from server.predict.messages import EventKind, ReuseEvent
 
-__all__ = ["log_event"]
+__all__ = ["EventBox", "log_event"]
+
+
+class EventBox:
+    """Keeps events while a lock is held and tells them without it: whoever listens may ask for a report."""
+
+    def __init__(self, lock: threading.Lock, log: logging.Logger, tell: Callable[[ReuseEvent], None]) -> None:
+        self._lock = lock
+        self._log = log
+        self._tell = tell
+        self._events: list[ReuseEvent] = []
+
+    def put(self, event: ReuseEvent) -> None:
+        """Keep an event. With the lock."""
+        self._events.append(event)
+
+    def empty(self) -> None:
+        """Tell what is kept. Without the lock."""
+        if not self._events:
+            return
+        with self._lock:
+            events, self._events = self._events, []
+        for event in events:
+            log_event(self._log, event)
+            self._tell(event)
 
 
 def log_event(log: logging.Logger, event: ReuseEvent) -> None:

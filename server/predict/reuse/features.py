@@ -22,7 +22,7 @@ from server.predict.messages import (
     Task,
 )
 from server.predict.model import Prepared
-from server.predict.reuse.events import log_event
+from server.predict.reuse.events import EventBox
 from server.predict.reuse.keys import KeyNames, KeyRule, shares_of
 from server.predict.reuse.policy import Outcome, PolicySettings, ReusePolicy
 from server.predict.reuse.predictor import Predictor, Singles
@@ -61,9 +61,8 @@ class FeatureModel:
         self._is_certified = any(policy.max_error is not None for policy in policies)
         self._seed = policies[0].seed
         self._clock = clock
-        self._on_event = on_event
-        self._events: list[ReuseEvent] = []
         self._lock = threading.Lock()
+        self._events = EventBox(self._lock, log, on_event)
         names = KeyNames()
         self._policies = [
             ReusePolicy(
@@ -121,7 +120,7 @@ class FeatureModel:
                 waiting = self._answer(rows, places, answers, waits=waits)
                 waits, places = False, waiting
         finally:
-            self._tell_events()
+            self._events.empty()
         return [_output(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
 
     def close(self) -> None:
@@ -224,17 +223,7 @@ class FeatureModel:
     def _note(self, policy: str, event: ReuseEvent) -> None:
         """Keep an event until the lock is free."""
         named = msgspec.structs.replace(event, model=self._name, version=self._version, policy=policy)
-        self._events.append(named)
-
-    def _tell_events(self) -> None:
-        """Tell without the lock: whoever listens may ask for a report."""
-        if not self._events:
-            return
-        with self._lock:
-            events, self._events = self._events, []
-        for event in events:
-            log_event(log, event)
-            self._on_event(event)
+        self._events.put(named)
 
 
 def bytes_per_entry(predictor: Predictor, settings: PolicySettings) -> int:

@@ -43,7 +43,7 @@ from server.predict.messages import (
 from server.predict.model import PredictModel, Prepared
 from server.predict.options import SemanticSpec
 from server.predict.reuse.compare import cosine_and_l2, is_other_response
-from server.predict.reuse.events import log_event
+from server.predict.reuse.events import EventBox
 from server.predict.reuse.meters import CONFIDENCE, describe_risk, interval_report, make_meter
 from server.predict.reuse.policy import Counts, Outcome
 from server.predict.reuse.predictor import Singles
@@ -109,7 +109,6 @@ class SemanticModel:
         _check(spec)
         self._inner, self._embedder, self._spec = inner, embedder, spec
         self._clock = clock
-        self._on_event = on_event
         self._lock = threading.Lock()
         self._cache = ResponseCache(max_entries=spec.max_entries, lifetime_s=spec.lifetime_s)
         self._threshold = Threshold(spec.max_error_rate)
@@ -125,7 +124,7 @@ class SemanticModel:
             on_alarm=self._note_alarm,
             share_interval="chernoff",
         )
-        self._events: list[ReuseEvent] = []
+        self._events = EventBox(self._lock, log, on_event)
         self._draw = random.Random(f"{spec.seed}/{POLICY}")  # noqa: S311 - which hits to compare
         self._counts = Counts()
         self._watched = NOTHING
@@ -185,7 +184,7 @@ class SemanticModel:
                 self._keep(computing, fresh, started)
                 self._count(cases, computing, after - before, self._clock.now() - started)
         finally:
-            self._tell_events()
+            self._events.empty()
         for case in cases:
             outputs[case.place] = case.output
             for place in case.repeats:
@@ -343,7 +342,7 @@ class SemanticModel:
             self._watched = after
         if (before >= NOTHING) != (after >= NOTHING):
             kind = EventKind.STOPPED if after >= NOTHING else EventKind.RESUMED
-            self._events.append(ReuseEvent(kind=kind, policy=POLICY, limit=self._spec.max_error_rate))
+            self._events.put(ReuseEvent(kind=kind, policy=POLICY, limit=self._spec.max_error_rate))
 
     def _note_alarm(self, alarm: RiskAlarm) -> None:
         self._is_unfit = True
@@ -356,20 +355,11 @@ class SemanticModel:
         if alarm.key is None:  # the one key's own account says the same
             self._num_alarms += kind is EventKind.ALARM
             interval = interval_report(alarm.interval)
-            self._events.append(
+            self._events.put(
                 ReuseEvent(
                     kind=kind, policy=POLICY, measure=alarm.measure, interval=interval, limit=alarm.limit
                 )
             )
-
-    def _tell_events(self) -> None:
-        if not self._events:
-            return
-        with self._lock:
-            events, self._events = self._events, []
-        for event in events:
-            log_event(log, event)
-            self._on_event(event)
 
 
 def _reused(output: Output, prepared: Prepared) -> Output:

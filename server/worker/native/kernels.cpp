@@ -22,19 +22,7 @@ struct Tools {
 
   template <class F>
   void run(long total, F f) {
-    struct Job {
-      Tools* tools;
-      long total;
-      F* f;
-    } job{this, total, &f};
-    pool.begin();
-    pool.run(
-        [](void* p, uint64_t e, int t) {
-          Job* j = (Job*)p;
-          j->tools->pool.for_each(0, e, t, j->total, [&](long i) { (*j->f)(i, t); });
-        },
-        &job);
-    pool.quiesce();  // the job lies on this stack
+    pool.run_units(total, f);
   }
 
   Pool pool;

@@ -105,6 +105,24 @@ class Pool {
     num_phases_ = count;
   }
 
+  // One phase: call f(unit, thread) for every unit. Waits for every thread, so that the job may lie on this stack.
+  template <class F>
+  void run_units(long total, F& f) {
+    struct Job {
+      Pool* pool;
+      long total;
+      F* f;
+    } job{this, total, &f};
+    begin();
+    run(
+        [](void* p, uint64_t e, int t) {
+          Job* j = (Job*)p;
+          j->pool->for_each(0, e, t, j->total, [&](long i) { (*j->f)(i, t); });
+        },
+        &job);
+    quiesce();
+  }
+
   // Walk one phase: call f(unit) for every unit this thread claims, then wait until all are finished.
   template <class F>
   KV_INLINE void for_each(int phase, uint64_t epoch, int thread, long total, F f) {

@@ -79,19 +79,7 @@ class Workspace {
   // Call f(unit, thread) for every unit; the end waits for every thread, so f may lie on the caller's stack.
   template <class F>
   void run(long total, F f) {
-    struct Job {
-      Workspace* space;
-      long total;
-      F* f;
-    } job{this, total, &f};
-    pool.begin();
-    pool.run(
-        [](void* p, uint64_t e, int t) {
-          Job* j = (Job*)p;
-          j->space->pool.for_each(0, e, t, j->total, [&](long i) { (*j->f)(i, t); });
-        },
-        &job);
-    pool.quiesce();
+    pool.run_units(total, f);
   }
 
   Pool pool;
