@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,15 @@ class World:
     def __init__(self, predictor: Predictor | None = None, **spec) -> None:
         self.clock = ManualClock()
         self.events: list[ReuseEvent] = []
+        self.listener: Callable[[ReuseEvent], None] = self.events.append
         self.predictor = predictor or BUILTIN
         self.model = make_feature_model(
-            "risk", "1", FeatureSpec(**spec), self.predictor, clock=self.clock, on_event=self.events.append
+            "risk",
+            "1",
+            FeatureSpec(**spec),
+            self.predictor,
+            clock=self.clock,
+            on_event=lambda event: self.listener(event),
         )
 
     def ask(self, rows, *, reuse: bool = True, tenant: str = ""):

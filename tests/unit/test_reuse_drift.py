@@ -124,6 +124,6 @@ def test_the_false_alarm_rate_at_half_the_budget_is_small():
 def test_a_listener_may_ask_for_a_report():
     world = TurningWorld(speed=2.0, **SPEC)
     seen = []
-    world.model._on_event = lambda event: seen.append(world.model.reuse_report(max_keys=1))
+    world.listener = lambda event: seen.append(world.model.reuse_report(max_keys=1))
     world.visit(1, 50)
     assert seen
