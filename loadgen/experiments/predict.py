@@ -74,20 +74,23 @@ def _product_figures(shape: str, dtype: str, case: dict[str, Any]) -> list[Figur
 
 
 def _peer_figures(shape: str, dtype: str, spread: dict[str, Any], short: dict[str, Any]) -> list[Figure]:
+    peers = {
+        "transformers_one_by_one_s": "float32, one by one",
+        "transformers_own_type_one_by_one_s": f"{dtype}, one by one",
+        "transformers_padded_s": "float32, padded and sorted",
+    }
     return [
         Figure(
             experiment="encoder",
             shape=f"{shape}, {dtype}, {text}",
-            name=f"over transformers (float32), {peer}",
+            name=f"over transformers, {peer}",
             value=case[field] / case["encoder_s"],
             unit="x",
-            target=ONE_BY_ONE_TARGET if field.endswith("one_by_one_s") and case is short else None,
+            target=ONE_BY_ONE_TARGET if field.endswith("one_by_one_s") else None,
         )
         for case, text in ((spread, "8 to 256 tokens"), (short, "64 inputs of 16 tokens"))
-        for field, peer in (
-            ("transformers_one_by_one_s", "one by one"),
-            ("transformers_padded_s", "padded and sorted"),
-        )
+        for field, peer in peers.items()
+        if dtype != "float32" or field != "transformers_own_type_one_by_one_s"
     ]
 
 

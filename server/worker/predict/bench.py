@@ -10,6 +10,7 @@ The weights are random: nothing here depends on their values.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -54,6 +55,8 @@ class CaseFigures:
     """float32, sorted by length, batches of 32 inputs."""
     transformers_one_by_one_s: float
     """float32."""
+    transformers_own_type_one_by_one_s: float
+    """In the weights' own type."""
     products_share: float
     """Of the threads' time in the encoder's best call; so are the others."""
     attention_share: float
@@ -69,6 +72,7 @@ class CaseFigures:
             "own products": self.own_products_s,
             "transformers padded": self.transformers_padded_s,
             "transformers one by one": self.transformers_one_by_one_s,
+            "transformers one by one, weights' own type": self.transformers_own_type_one_by_one_s,
         }
         return {name: seconds / self.encoder_s for name, seconds in peers.items()}
 
@@ -94,6 +98,9 @@ def measure(
     narrow = wide if encoder.dtype is torch.float32 else _Fastest(_products_of(linears, total, encoder.dtype))
     padded = _Fastest(_padded_of(model, arrays[0], lengths))
     one_by_one = _Fastest(_one_by_one_of(model, arrays[0], lengths))
+    own_type = one_by_one
+    if encoder.dtype is not torch.float32:
+        own_type = _Fastest(_one_by_one_of(copy.deepcopy(model).to(encoder.dtype), arrays[0], lengths))
     encoder_s, parts = float("inf"), PartSeconds(0, 0, 0, 0)
     for _ in range(rounds):
         start = time.perf_counter()
@@ -101,7 +108,7 @@ def measure(
         seconds = time.perf_counter() - start
         if seconds < encoder_s:
             encoder_s, parts = seconds, encoder.workspace.last_seconds()
-        for peer in (own, wide, narrow, padded, one_by_one):
+        for peer in dict.fromkeys((own, wide, narrow, padded, one_by_one, own_type)):
             peer.run()
     thread_s = encoder_s * encoder.workspace.num_threads
     known_s = parts.products + parts.attention + parts.elementwise + parts.embedding
@@ -116,6 +123,7 @@ def measure(
         encoder_s,
         padded.seconds,
         one_by_one.seconds,
+        own_type.seconds,
         parts.products / thread_s,
         parts.attention / thread_s,
         parts.elementwise / thread_s,
