@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from kvcore.clock import Clock
@@ -54,6 +55,7 @@ from server.predict.serve import Outbox, serve
 __all__ = ["TinyHost"]
 
 MANY_PER_ANSWER = 20
+GRIP_S = 4.0
 
 
 class TinyHost:
@@ -62,7 +64,8 @@ class TinyHost:
     Calls to: "echo" are answered with their rows; "kept" wait for a call to "release", and are answered
     before it, the last one first; "fail" fail with the kind that ``version`` names; "raise" raise; "large"
     answer more than the link takes; "count" tell how many kept calls were cancelled; "kill" kill the process;
-    "hang" stop the compute thread; "choke" cannot even be taken in.
+    "hang" stop the compute thread; "grip" hold the interpreter, hard at work, for a few seconds; "choke"
+    cannot even be taken in.
     """
 
     def __init__(self, options: PredictOptions, clock: Clock, outbox: Outbox) -> None:
@@ -159,6 +162,12 @@ class TinyHost:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 threading.Event().wait()
+            case "grip":
+                began_s = time.perf_counter()
+                sum(range(1_000_000))
+                per_second = 1_000_000 / (time.perf_counter() - began_s)
+                sum(range(int(GRIP_S * per_second)))
+                return [answer_of(call)]
         raise UnknownModelError("no such model is served here")
 
     def _op(self, op_id: int, op: object) -> list[FromPredict]:

@@ -63,9 +63,15 @@ class ServerConfig:
     model_memory: int | None = None
     max_models: int | None = None
     mlflow_uri: str | None = field(default=None, repr=False)
+    download_cache: Path | None = None
+    download_cache_size: int = 64 << 30
     predict_threads: int | None = None
     predict_batch_tokens: int = 8192
     predict_delay: float = 0.002
+
+    silence: float = 5.0
+    watchdog: float = 60.0
+    quarantine: float = 600.0
 
     host: str = "127.0.0.1"
     port: int = 50051
@@ -113,6 +119,8 @@ class ServerConfig:
             memory_bytes=self.model_memory,
             max_models=self.max_models,
             mlflow_uri=self.mlflow_uri,
+            download_folder=None if self.download_cache is None else str(self.download_cache.absolute()),
+            download_bytes=self.download_cache_size,
             device=self.device,
             num_threads=self.predict_threads,
             max_batch_tokens=self.predict_batch_tokens,

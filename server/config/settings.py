@@ -23,6 +23,7 @@ from server.config.values import (
     read_redis_url,
     read_share,
     read_text,
+    seconds_of_at_least,
 )
 
 __all__ = ["ENVIRONMENT_PREFIX", "SETTINGS", "Setting"]
@@ -240,6 +241,18 @@ SETTINGS: Mapping[str, Setting] = {
             ),
             ("mlflow_uri", read_endpoint, "URL", "tracking server of models:/ sources (default: off)"),
             (
+                "download_cache",
+                read_path,
+                "FOLDER",
+                "keep models fetched from MLflow here (default: ~/.cache/kvserve/models)",
+            ),
+            (
+                "download_cache_size",
+                parse_bytes,
+                "SIZE",
+                "budget of that folder, the least recently used leave (default: 64GiB)",
+            ),
+            (
                 "predict_threads",
                 integer_between(1, 4096),
                 "N",
@@ -256,6 +269,27 @@ SETTINGS: Mapping[str, Setting] = {
                 parse_seconds,
                 "TIME",
                 "most that a batch is held back for more to come, where that pays (default: 2ms)",
+            ),
+        ),
+        *_settings(
+            "faults",
+            (
+                "silence",
+                seconds_of_at_least(1.0),
+                "TIME",
+                "a process that neither says nor does anything for so long is replaced (default: 5s)",
+            ),
+            (
+                "watchdog",
+                seconds_of_at_least(1.0),
+                "TIME",
+                "so is one that is in a single step or batch for so long (default: 1m)",
+            ),
+            (
+                "quarantine",
+                parse_seconds,
+                "TIME",
+                "refuse a request so long that has killed its process; 0: never (default: 10m)",
             ),
         ),
         *_settings(

@@ -25,6 +25,7 @@ __all__ = [
     "read_share",
     "read_canary",
     "read_text",
+    "seconds_of_at_least",
 ]
 
 Parse = Callable[[object], Any]
@@ -65,6 +66,18 @@ def read_positive_seconds(value: object) -> float:
     if seconds <= 0:
         raise ValueError("must be more than 0")
     return seconds
+
+
+def seconds_of_at_least(low: float) -> Parse:
+    """Return a reader of durations that are not shorter than ``low`` seconds."""
+
+    def parse(value: object) -> float:
+        seconds = parse_seconds(value)
+        if seconds < low:
+            raise ValueError(f"must be at least {low:g}s")
+        return seconds
+
+    return parse
 
 
 def integer_between(low: int, high: float = math.inf) -> Parse:

@@ -40,6 +40,7 @@ from server.engine.messages import (
     Tokens,
 )
 from server.engine.streams import Event, EventStream
+from server.process.quarantine import QuarantineCounts
 
 __all__ = ["FakeEngine", "fake_ready"]
 
@@ -163,6 +164,16 @@ class FakeEngine:
     def is_given_up(self) -> bool:
         """Say that ``recover`` is always possible."""
         return False
+
+    @property
+    def num_restarts(self) -> int:
+        """Return that it never was another one."""
+        return 0
+
+    @property
+    def quarantine(self) -> QuarantineCounts:
+        """Suspect nobody: it dies of its own accord."""
+        return self._desk.quarantine.counts
 
     async def administer(self, op: AdminOp) -> AdminResult:
         return await self._desk.admin.administer(op)

@@ -82,6 +82,8 @@ class FailureKind(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     """A step needed more memory than there is; the same request may fit when less is running."""
     INTERNAL = "internal"
+    QUARANTINED = "quarantined"
+    """The engine process has died each time with this request in it, so that it is not tried for a while."""
 
 
 class GenerateSpec(msgspec.Struct, frozen=True, kw_only=True):

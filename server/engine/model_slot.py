@@ -25,6 +25,7 @@ from server.engine.errors import EngineStartError, EngineUnavailableError, Model
 from server.engine.interface import Engine, EngineState, ModelReport, ModelState, RequestStream
 from server.engine.messages import EngineReady, EngineStats, FailureKind, GenerateSpec
 from server.engine.streams import StreamTable
+from server.process.quarantine import QuarantineCounts
 
 __all__ = ["LoadableEngine", "ModelSlot"]
 
@@ -54,6 +55,16 @@ class LoadableEngine(Engine, Protocol):
     @property
     def is_given_up(self) -> bool:
         """Say whether it was lost and will not come back by itself."""
+        ...
+
+    @property
+    def num_restarts(self) -> int:
+        """Return how often it came back after it was lost."""
+        ...
+
+    @property
+    def quarantine(self) -> QuarantineCounts:
+        """Return how many requests are suspected of having killed it, and what came of it."""
         ...
 
 
@@ -91,6 +102,21 @@ class ModelSlot:
     @property
     def stats(self) -> EngineStats | None:
         return None if self._engine is None else self._engine.stats
+
+    @property
+    def num_restarts(self) -> int:
+        """Return how often the present engine came back after it was lost."""
+        return 0 if self._engine is None else self._engine.num_restarts
+
+    @property
+    def is_given_up(self) -> bool:
+        """Say whether the engine was lost and will not come back by itself."""
+        return self._engine is not None and self._engine.is_given_up
+
+    @property
+    def quarantine(self) -> QuarantineCounts:
+        """Return what is suspected, and refused, for the present engine."""
+        return QuarantineCounts() if self._engine is None else self._engine.quarantine
 
     async def start(self) -> None:
         await self.load()

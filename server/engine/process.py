@@ -1,7 +1,8 @@
 """An engine in a process of its own, started again when it dies (``server.process.keeper``).
 
 Requests are never replayed: the front end cannot know what a client has made of half an answer, and
-a request that kills engines must not be fed to the next one.
+a request that kills engines must not be fed to the next one. Nor are clients let do it for ever
+(``server.process.quarantine``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from server.engine.options import EngineOptions
 from server.engine.streams import EventStream
 from server.process.child import Child, ChildLimits, Program
 from server.process.keeper import KeptProcess
+from server.process.quarantine import QuarantineCounts
 
 __all__ = ["EngineProcess"]
 
@@ -46,12 +48,13 @@ class EngineProcess(KeptProcess[EngineState, FromEngine, EngineReady]):
         debug: bool = False,
         log_format: str = "text",
         log_level: str = "info",
+        quarantine_s: float = 600.0,
         module: str = "server.engine_main",
     ) -> None:
         """``module`` is run with ``--fd N`` and calls ``server.engine.serve.serve``; tests bring their own.
 
-        ``debug``: the process logs more, and says tracebacks with its errors. ``log_format`` and
-        ``log_level`` as for ``configure_logs``.
+        ``debug``: the process logs more, and says tracebacks with its errors. ``log_format``, ``log_level``:
+        as for ``configure_logs``. ``quarantine_s``: how long a request is refused that has killed it.
         """
         limits = limits or ChildLimits()
         program = Program(
@@ -68,7 +71,7 @@ class EngineProcess(KeptProcess[EngineState, FromEngine, EngineReady]):
             ready_type=EngineReady,
             start_error=EngineStartError,
         )
-        self._desk = Desk(self._send, max_waiting=options.max_waiting)
+        self._desk = Desk(self._send, max_waiting=options.max_waiting, quarantine_s=quarantine_s)
         super().__init__(program, self._desk.state, limits=limits)
         self._stats: EngineStats | None = None
 
@@ -81,6 +84,11 @@ class EngineProcess(KeptProcess[EngineState, FromEngine, EngineReady]):
     def num_failed_steps(self) -> int:
         """Return how many steps the present engine process could not compute."""
         return 0 if self._child is None else self._child.num_failed
+
+    @property
+    def quarantine(self) -> QuarantineCounts:
+        """Return how many requests are suspected of having killed the process, and what came of it."""
+        return self._desk.quarantine.counts
 
     @property
     def num_open_requests(self) -> int:
@@ -120,10 +128,17 @@ class EngineProcess(KeptProcess[EngineState, FromEngine, EngineReady]):
 
     def _fail_open(self, *, is_stopping: bool) -> str:
         if is_stopping:
+            self._desk.quarantine.close()
             running = self._desk.fail_all(FailureKind.DRAINING, "the server is shutting down")
-        else:
+        elif self._stopping:
+            self._desk.quarantine.close()
             running = self._desk.fail_all(FailureKind.ENGINE_LOST, "the engine was lost")
+        else:
+            running = self._desk.lose_all()
         return str(running) if running else ""
+
+    def _on_turn(self, began_s: float) -> None:
+        self._desk.note_turn(began_s)
 
     def _begin_draining(self, child: Child[FromEngine, EngineReady]) -> None:
         child.send(Drain())

@@ -23,10 +23,12 @@ from server.engine.messages import (
     Failed,
     FailureKind,
     Finished,
+    GenerateSpec,
     Progress,
     Refused,
     Tokens,
 )
+from server.process.quarantine import Quarantine, Witness
 
 __all__ = ["Event", "EventStream", "StreamTable", "merge_events"]
 
@@ -34,6 +36,8 @@ Event = Admitted | Progress | Tokens | Finished | Refused | Failed
 
 _MERGE_ABOVE = 32
 """Events that may wait unmerged."""
+_COMPUTED = (FailureKind.NUMERICAL, FailureKind.INTERNAL)
+"""How requests fail that a step has computed."""
 
 
 def merge_events(events: list[Event]) -> list[Event]:
@@ -161,13 +165,18 @@ class _Mailbox:
         "left",
         "merge_above",
         "num_samples",
+        "num_tokens",
         "pending",
+        "spec",
         "waiter",
     )
 
-    def __init__(self, key: int, num_samples: int) -> None:
+    def __init__(self, key: int, num_samples: int, spec: GenerateSpec | None) -> None:
         self.key = key
         self.num_samples = num_samples
+        self.num_tokens = 0
+        """Of all samples, so far."""
+        self.spec = spec
         self.pending: list[Event] = []
         self.merge_above = _MERGE_ABOVE
         self.waiter: asyncio.Future[None] | None = None
@@ -208,9 +217,18 @@ class _Mailbox:
 class StreamTable:
     """The open streams of one engine, by key. Draws the keys, and never the same one twice."""
 
-    def __init__(self, send_cancel: Callable[[Cancel], None]) -> None:
-        """``send_cancel`` tells the engine; it must not block, and may ignore an engine that is gone."""
+    def __init__(
+        self,
+        send_cancel: Callable[[Cancel], None],
+        *,
+        quarantine: Quarantine[GenerateSpec] | None = None,
+    ) -> None:
+        """``send_cancel`` tells the engine; it must not block, and may ignore an engine that is gone.
+
+        ``quarantine`` is told how requests end.
+        """
         self.send_cancel = send_cancel
+        self._quarantine = quarantine
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[int, _Mailbox] = {}
         self._num_waiting = 0
@@ -226,11 +244,14 @@ class StreamTable:
         """Return how many samples belong to requests that have not been admitted."""
         return self._num_waiting
 
-    def open(self, num_samples: int = 1) -> EventStream:
-        """Return the stream of a new request, which is to be sent under the stream's ``key``."""
+    def open(self, num_samples: int = 1, spec: GenerateSpec | None = None) -> EventStream:
+        """Return the stream of a new request, which is to be sent under the stream's ``key``.
+
+        ``spec``: what is sent, where it has to be known should the engine die of it.
+        """
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        mailbox = _Mailbox(next(self._keys), num_samples)
+        mailbox = _Mailbox(next(self._keys), num_samples, spec)
         self._mailboxes[mailbox.key] = mailbox
         self._num_waiting += num_samples
         return EventStream(mailbox, self)
@@ -254,7 +275,9 @@ class StreamTable:
             mailbox = mailboxes.get(event.key)
             if mailbox is None:
                 continue
-            if not isinstance(event, (Tokens, Progress)):
+            if isinstance(event, Tokens):
+                mailbox.num_tokens += len(event.token_ids)
+            elif not isinstance(event, Progress):
                 self._note(mailbox, event)
             mailbox.push(event)
 
@@ -265,6 +288,18 @@ class StreamTable:
         self.dispatch([Failed(mailbox.key, kind, reason) for mailbox in mailboxes])
         return admitted
 
+    def witnesses(self) -> list[Witness[GenerateSpec]]:
+        """Return what the engine has; first what it may have died of: the latest that it has begun."""
+        known = [mailbox for mailbox in self._mailboxes.values() if mailbox.spec is not None]
+        known.sort(key=lambda mailbox: -mailbox.key if mailbox.admitted else mailbox.key)
+        known.sort(key=lambda mailbox: not mailbox.admitted)
+        return [Witness(one.key, one.spec, one.num_tokens) for one in known if one.spec is not None]
+
+    def num_tokens(self, key: int) -> int:
+        """Return how many tokens an open request has got; 0 of one that is not."""
+        mailbox = self._mailboxes.get(key)
+        return 0 if mailbox is None else mailbox.num_tokens
+
     def forget(self, mailbox: _Mailbox) -> None:
         """The reader has gone: cancel the request unless it has ended."""
         if mailbox.left:
@@ -274,6 +309,8 @@ class StreamTable:
         mailbox.wake()
         if not mailbox.ended:
             self._remove(mailbox)
+            if self._quarantine is not None and mailbox.spec is not None:
+                self._quarantine.leave(mailbox.key, mailbox.spec)
             if not mailbox.cancelled:
                 self.send_cancel(Cancel(mailbox.key))
 
@@ -283,13 +320,18 @@ class StreamTable:
             self._loop.call_soon_threadsafe(self.forget, mailbox)
 
     def _note(self, mailbox: _Mailbox, event: Admitted | Finished | Refused | Failed) -> None:
-        if type(event) is Admitted:
+        if isinstance(event, Admitted):
             if not mailbox.admitted:
                 mailbox.admitted = True
                 self._num_waiting -= mailbox.num_samples
         else:
             mailbox.ended = True
             self._remove(mailbox)
+            if self._quarantine is not None and self._quarantine.is_active:
+                if isinstance(event, Finished) or event.kind in _COMPUTED:
+                    self._quarantine.acquit(mailbox.key)
+                else:
+                    self._quarantine.release(mailbox.key)
 
     def _remove(self, mailbox: _Mailbox) -> None:
         del self._mailboxes[mailbox.key]

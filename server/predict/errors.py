@@ -7,13 +7,15 @@
     ├── UnknownModelError     no such name, version or alias
     ├── WrongTaskError        the model does something else
     ├── ModelRefusedError     it cannot be loaded: its files, its source, its configuration
+    ├── ModelExistsError      the version stands in the catalogue as something else; names the field
     ├── ModelTooLargeError    it exceeds the memory for models, or that is held by models in use
     ├── ModelInUseError       it cannot be unloaded now
     ├── ModelUnloadedError    an operator unloaded it; LoadModel brings it back
     ├── OverloadedError       too much waits; with a delay to try again
     ├── PredictLostError      the predict process is being (re)started, drained, or was lost
     ├── ExpiredError          the deadline passed
-    └── ComputeError          the model could not compute it
+    ├── ComputeError          the model could not compute it
+    └── QuarantinedError      the process has died each time it computed it
 
 ``reason`` is fit for clients: no paths, addresses, type names. What operators need goes to the log.
 """
@@ -24,6 +26,7 @@ __all__ = [
     "ComputeError",
     "ExpiredError",
     "InputError",
+    "ModelExistsError",
     "ModelInUseError",
     "ModelRefusedError",
     "ModelTooLargeError",
@@ -31,6 +34,7 @@ __all__ = [
     "OverloadedError",
     "PredictError",
     "PredictLostError",
+    "QuarantinedError",
     "UnknownModelError",
     "WrongTaskError",
 ]
@@ -67,6 +71,15 @@ class ModelRefusedError(PredictError):
     """The model cannot be loaded as it is."""
 
 
+class ModelExistsError(PredictError):
+    """The catalogue has this version already, and it is not what was asked for."""
+
+    def __init__(self, reason: str, *, part: str = "", retry_after_s: float | None = None) -> None:
+        """``part``: the field that differs."""
+        super().__init__(reason, retry_after_s=retry_after_s)
+        self.part = part
+
+
 class ModelTooLargeError(PredictError):
     """There is no room for the model. Models that were loaded before are untouched."""
 
@@ -93,3 +106,7 @@ class ExpiredError(PredictError):
 
 class ComputeError(PredictError):
     """The model failed on this input, or gave numbers that are none."""
+
+
+class QuarantinedError(PredictError):
+    """The process has died each time it computed this, so that it is not tried for a while."""

@@ -9,6 +9,7 @@ from server.predict.errors import (
     ComputeError,
     ExpiredError,
     InputError,
+    ModelExistsError,
     ModelInUseError,
     ModelRefusedError,
     ModelTooLargeError,
@@ -16,6 +17,7 @@ from server.predict.errors import (
     OverloadedError,
     PredictError,
     PredictLostError,
+    QuarantinedError,
     UnknownModelError,
     WrongTaskError,
 )
@@ -32,6 +34,7 @@ _KINDS: dict[type[PredictError], FailureKind] = {
     UnknownModelError: FailureKind.UNKNOWN_MODEL,
     WrongTaskError: FailureKind.WRONG_TASK,
     ModelRefusedError: FailureKind.MODEL_REFUSED,
+    ModelExistsError: FailureKind.MODEL_EXISTS,
     ModelTooLargeError: FailureKind.MODEL_TOO_LARGE,
     ModelInUseError: FailureKind.MODEL_IN_USE,
     ModelUnloadedError: FailureKind.MODEL_UNLOADED,
@@ -39,6 +42,7 @@ _KINDS: dict[type[PredictError], FailureKind] = {
     PredictLostError: FailureKind.LOST,
     ExpiredError: FailureKind.EXPIRED,
     ComputeError: FailureKind.COMPUTE,
+    QuarantinedError: FailureKind.QUARANTINED,
     PredictError: FailureKind.INTERNAL,
 }
 _ERRORS = {kind: error for error, kind in _KINDS.items()}
@@ -54,6 +58,8 @@ def error_of(failed: CallFailed | OpFailed) -> PredictError:
     if failed.kind is FailureKind.INPUT:
         index = failed.index if isinstance(failed, CallFailed) else None
         return InputError(failed.reason, index=index, part=failed.part)
+    if failed.kind is FailureKind.MODEL_EXISTS:
+        return ModelExistsError(failed.reason, part=failed.part, retry_after_s=failed.retry_after_s)
     return _ERRORS[failed.kind](failed.reason, retry_after_s=failed.retry_after_s)
 
 
@@ -69,7 +75,7 @@ def call_failed(call_id: int, error: Exception, *, index: int | None = None) -> 
 def op_failed(op_id: int, error: Exception) -> OpFailed:
     """Say why an operation was not done."""
     told, kind = _told(error)
-    part = told.part if isinstance(told, InputError) else ""
+    part = told.part if isinstance(told, InputError | ModelExistsError) else ""
     return OpFailed(op_id, kind, told.reason, part=part, retry_after_s=told.retry_after_s)
 
 

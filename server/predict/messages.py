@@ -168,6 +168,7 @@ class FailureKind(enum.Enum):
     UNKNOWN_MODEL = "unknown_model"
     WRONG_TASK = "wrong_task"
     MODEL_REFUSED = "model_refused"
+    MODEL_EXISTS = "model_exists"
     MODEL_TOO_LARGE = "model_too_large"
     MODEL_IN_USE = "model_in_use"
     MODEL_UNLOADED = "model_unloaded"
@@ -175,6 +176,7 @@ class FailureKind(enum.Enum):
     LOST = "lost"
     EXPIRED = "expired"
     COMPUTE = "compute"
+    QUARANTINED = "quarantined"
     INTERNAL = "internal"
 
 

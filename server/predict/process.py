@@ -6,8 +6,9 @@
        ^  `--- CancelCall -->    |         process's business, and the caller's
        `-- PredictAnswer, CallFailed; when the process dies every open call gets PredictLostError
 
-Calls are never repeated: one that kills processes must not be fed to the next. What operators have changed
-is (``server.predict.changes``), before the new process is READY; models are loaded again on first use.
+Calls are never repeated: one that kills processes must not be fed to the next, and callers that repeat it are
+stopped (``server.process.quarantine``). What operators have changed is repeated (``server.predict.changes``),
+before the new process is READY; models are loaded again on first use.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, TypeVar
+
+import msgspec
 
 from server.predict.changes import Change, Changes
 from server.predict.errors import ExpiredError, InputError, OverloadedError, PredictError, PredictLostError
@@ -60,6 +63,7 @@ from server.process.child import Child, ChildLimits, Program
 from server.process.errors import FrameTooLargeError, ProcessStartError
 from server.process.keeper import KeptProcess
 from server.process.messages import Fault, Heartbeat
+from server.process.quarantine import Quarantine, QuarantineCounts, Witness
 from server.process.state import StateCell
 
 __all__ = ["PredictProcess", "PredictStartError"]
@@ -67,8 +71,10 @@ __all__ = ["PredictProcess", "PredictStartError"]
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
-SILENCE_S = 30.0
+BUSY_SILENCE_S = 30.0
 """Models are loaded while it serves, and importing what they need may hold the interpreter for seconds."""
+MAX_HELD = 512
+"""Calls that are tried one by one after a death of the process: more than go into a batch."""
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """More than this unread by the process: it is not keeping up, refuse."""
 DESCRIBED_S = 1.0
@@ -80,8 +86,11 @@ _NOT_SERVING = {
     PredictState.DEAD: "the predict process is not running",
     PredictState.DRAINING: "the server is shutting down",
 }
+_QUARANTINED = "the predict process has died each time it computed this; it is not tried again for a while"
+_NOT_COMPUTED = (FailureKind.LOST, FailureKind.OVERLOADED, FailureKind.QUARANTINED)
 
 PredictChild = Child[FromPredict, PredictReady]
+_OpenCall = tuple[asyncio.Future[PredictAnswer | CallFailed], PredictCall]
 _ResultT = TypeVar("_ResultT")
 
 
@@ -100,14 +109,15 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
         debug: bool = False,
         log_format: str = "text",
         log_level: str = "info",
+        quarantine_s: float = 600.0,
         module: str = "server.predict_main",
     ) -> None:
         """``module`` is run with ``--fd N`` and calls ``server.predict.serve.serve``; tests bring their own.
 
-        ``debug``: the process logs more, and says tracebacks with its errors. ``log_format`` and
-        ``log_level`` as for ``configure_logs``.
+        ``debug``: the process logs more, and says tracebacks with its errors. ``log_format``, ``log_level``:
+        as for ``configure_logs``. ``quarantine_s``: how long a call is refused that has killed the process.
         """
-        limits = limits or ChildLimits(silence_s=SILENCE_S)
+        limits = limits or ChildLimits(busy_silence_s=BUSY_SILENCE_S)
         program = Program(
             name="predict",
             module=module,
@@ -124,7 +134,15 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
         )
         state = StateCell(PredictState.LOADING, last=PredictState.DEAD, name="predict")
         super().__init__(program, state, limits=limits)
-        self._calls: dict[int, asyncio.Future[PredictAnswer | CallFailed]] = {}
+        self._calls: dict[int, _OpenCall] = {}
+        self._quarantine: Quarantine[PredictCall] = Quarantine(
+            "predict",
+            encode=_encode,
+            send=self._send_call,
+            refuse=self._refuse_call,
+            keep_s=quarantine_s,
+            max_held=MAX_HELD,
+        )
         self._call_ids = itertools.count(1)
         self._ops = OpTable(self._on_op_done)
         self._described: dict[tuple[str, str], tuple[OpenOp, float]] = {}
@@ -141,6 +159,11 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
     @property
     def num_open_calls(self) -> int:
         return len(self._calls)
+
+    @property
+    def quarantine(self) -> QuarantineCounts:
+        """Return how many calls are suspected of having killed the process, and what came of it."""
+        return self._quarantine.counts
 
     async def predict(
         self,
@@ -161,16 +184,17 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
             raise OverloadedError("too much waits", retry_after_s=RETRY_AFTER_S)
         call_id = next(self._call_ids)
         call = PredictCall(call_id, model, version, inputs, task, truncate, reuse, deadline_s, tenant)
-        try:
-            child.send(call)
-        except FrameTooLargeError as error:
-            raise InputError("the request is too large") from error
         answer: asyncio.Future[PredictAnswer | CallFailed] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = answer
+        self._calls[call_id] = answer, call
+        if self._quarantine.is_active:
+            self._quarantine.submit(call_id, call, deadline_s)
+        else:
+            self._send_call(call_id, call, deadline_s)
         try:
             said = await answer
         except BaseException:
-            if self._end_call(call_id) is not None:
+            if self._forget_call(call_id) is not None:
+                self._quarantine.leave(call_id, call)
                 child.send(CancelCall(call_id))
             raise
         if isinstance(said, PredictAnswer):
@@ -239,9 +263,7 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
     def _on_message(self, message: FromPredict) -> None:
         match message:
             case PredictAnswer() | CallFailed():
-                answer = self._end_call(message.call_id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+                self._end_call(message.call_id, message)
             case OpDone() | OpFailed() | OpProgress():
                 self._ops.dispatch(message)
             case PredictStats():
@@ -251,11 +273,41 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
             case PredictReady():
                 pass
 
-    def _end_call(self, call_id: int) -> asyncio.Future[PredictAnswer | CallFailed] | None:
-        answer = self._calls.pop(call_id, None)
+    def _on_turn(self, began_s: float) -> None:
+        self._quarantine.turn_began(began_s)
+
+    def _send_call(self, call_id: int, call: PredictCall, left_s: float | None) -> None:
+        if left_s is not call.deadline_s:  # it had to wait
+            call = msgspec.structs.replace(call, deadline_s=left_s)
+        assert self._child is not None
+        try:
+            self._child.send(call)
+        except FrameTooLargeError:
+            self._end_call(call_id, CallFailed(call_id, FailureKind.INPUT, "the request is too large"))
+
+    def _refuse_call(self, call_id: int, _call: PredictCall) -> None:
+        self._end_call(call_id, CallFailed(call_id, FailureKind.QUARANTINED, _QUARANTINED))
+
+    def _end_call(self, call_id: int, said: PredictAnswer | CallFailed) -> None:
+        """End a call, if it is open, with what is said of it."""
+        opened = self._forget_call(call_id)
+        if opened is None:
+            return
+        answer, call = opened
+        kind = said.kind if type(said) is CallFailed else None
+        if kind is FailureKind.EXPIRED:
+            self._quarantine.leave(call_id, call)  # it may be in a batch all the same
+        elif self._quarantine.is_active:
+            end = self._quarantine.release if kind in _NOT_COMPUTED else self._quarantine.acquit
+            end(call_id)
+        if not answer.done():
+            answer.set_result(said)
+
+    def _forget_call(self, call_id: int) -> _OpenCall | None:
+        opened = self._calls.pop(call_id, None)
         if self._idle is not None and not self._calls and not self._idle.done():
             self._idle.set_result("it has drained")
-        return answer
+        return opened
 
     def _on_op_done(self, op: Any, answer: OpDone | OpFailed) -> None:
         if isinstance(op, DescribeModel) and isinstance(answer, OpFailed):
@@ -306,11 +358,14 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
         reason = _NOT_SERVING[PredictState.DRAINING] if is_stopping else "the predict process was lost"
         retry_after_s = None if is_stopping else self._retry_after_s()
         num_calls = len(self._calls)
+        if self._stopping:
+            self._quarantine.close()
+        else:
+            self._quarantine.died(Witness(call_id, call) for call_id, (_, call) in self._calls.items())
         for call_id in list(self._calls):
-            answer = self._end_call(call_id)
-            if answer is not None and not answer.done():
-                failed = CallFailed(call_id, FailureKind.LOST, reason, retry_after_s=retry_after_s)
-                answer.set_result(failed)
+            failed = CallFailed(call_id, FailureKind.LOST, reason, retry_after_s=retry_after_s)
+            self._end_call(call_id, failed)
+        self._quarantine.judge()
         self._ops.fail_all(reason, retry_after_s=retry_after_s)
         self._described.clear()
         return f"{num_calls} calls" if num_calls else ""
@@ -326,6 +381,11 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
 
     def _close(self) -> None:
         self._hub.close()
+
+
+def _encode(call: PredictCall) -> bytes:
+    """Return what makes two calls the same."""
+    return msgspec.msgpack.encode(msgspec.structs.replace(call, call_id=0, deadline_s=None))
 
 
 async def _result(opened: OpenOp, result_type: type[_ResultT]) -> _ResultT:

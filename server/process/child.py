@@ -4,7 +4,8 @@ How its end is noticed, whichever comes first:
 
 - the link ends, at once: the kernel closes it with the process;
 - the process has exited, within ``TICK_S``: should something else keep the link open;
-- no sign of life for ``silence_s``: stopped, starved, or stuck while holding the interpreter;
+- no sign of life for ``silence_s``, while it does nothing either: stopped, frozen or in a deadlock;
+- no sign of life for ``busy_silence_s``: starved, or stuck while holding the interpreter;
 - one turn of its work takes longer than ``watchdog_s``: stuck in it;
 - it says something that is no message, or announces its own end (``Fault``).
 """
@@ -17,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ import msgspec
 from server.process.errors import LinkError, ProcessStartError
 from server.process.link import ParentLink, open_socket_pair
 from server.process.messages import Fault, Heartbeat
+from server.process.pulse import Pulse
 
 __all__ = ["Child", "ChildLimits", "Program"]
 
@@ -49,6 +52,8 @@ class ChildLimits:
     watchdog_s: float = 60.0
     """One turn, a step or a batch; generous, because a large one on a slow machine is no fault."""
     silence_s: float = 5.0
+    """Without any message, and without any work that the kernel knows of; also while it loads."""
+    busy_silence_s: float = 5.0
     """Without any message. Counts once it is ready: loading a model may hold the interpreter."""
     start_s: float = 600.0
     """From spawn to ready."""
@@ -76,17 +81,29 @@ class Child(Generic[SaidT, ReadyT]):
     """A running process. Lives on the event loop; owns the process and the link to it."""
 
     def __init__(
-        self, program: Program[ReadyT], *, on_message: Callable[[SaidT], None], limits: ChildLimits
+        self,
+        program: Program[ReadyT],
+        *,
+        on_message: Callable[[SaidT], None],
+        limits: ChildLimits,
+        on_turn: Callable[[float], None] | None = None,
     ) -> None:
-        """``on_message`` gets what it says, but for signs of life, its first ready message, and faults."""
+        """``on_message`` gets what it says, but for signs of life, its first ready message, and faults.
+
+        ``on_turn`` is told with each sign of life when its turn began, by ``time.monotonic``; idle: just now.
+        """
         loop = asyncio.get_running_loop()
         self._program = program
         self._on_said = on_message
+        self._on_turn = on_turn
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._link: ParentLink[Any] | None = None
         self._tick: asyncio.TimerHandle | None = None
         self._silent_ticks = 0
+        self._idle_ticks = 0
+        """Of these, the ones since the kernel last saw it work."""
+        self._pulse: Pulse | None = None
         self._ready: asyncio.Future[ReadyT] = loop.create_future()
         self._fault: Fault | None = None
         self.num_failed = 0
@@ -189,6 +206,7 @@ class Child(Generic[SaidT, ReadyT]):
             except BaseException:
                 ours.close()
                 raise
+        self._pulse = Pulse(self._process.pid)
         self._link = await ParentLink.over(ours, self._program.messages, self._on_message, self._on_closed)
         self._tick = asyncio.get_running_loop().call_later(TICK_S, self._on_tick)
 
@@ -197,6 +215,8 @@ class Child(Generic[SaidT, ReadyT]):
         match message:
             case Heartbeat():
                 self.num_failed = message.num_failed
+                if self._on_turn is not None:
+                    self._on_turn(time.monotonic() - message.turn_s)
                 if message.turn_s > self._limits.watchdog_s:
                     self._give_up(f"stuck in one turn for {message.turn_s:.0f} s")
             case Fault():
@@ -216,13 +236,18 @@ class Child(Generic[SaidT, ReadyT]):
 
     def _on_tick(self) -> None:
         assert self._process is not None
+        assert self._pulse is not None
         self._tick = asyncio.get_running_loop().call_later(TICK_S, self._on_tick)
         if self._process.poll() is not None:
             self._lose(_describe_exit(self._process.returncode))
         # In ticks, not by the clock: if this event loop was blocked or stopped, messages wait unread.
         self._silent_ticks += 1
-        if self._ready.done() and self._silent_ticks * TICK_S > self._limits.silence_s:
-            self._give_up(f"no sign of life for {self._limits.silence_s:g} s")
+        is_idle = self._silent_ticks > 1 and not self._pulse.has_worked()
+        self._idle_ticks = self._idle_ticks + 1 if is_idle else 0
+        if self._idle_ticks * TICK_S > self._limits.silence_s:
+            self._give_up(f"no sign of life for {self._limits.silence_s:g} s, and it does nothing")
+        elif self._ready.done() and self._silent_ticks * TICK_S > self._limits.busy_silence_s:
+            self._give_up(f"no sign of life for {self._limits.busy_silence_s:g} s")
 
     def _give_up(self, reason: str) -> None:
         if self._process is not None and self._process.poll() is None:

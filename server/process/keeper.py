@@ -31,6 +31,8 @@ FIRST_BACKOFF_S = 0.1
 LAST_BACKOFF_S = 5.0
 STABLE_S = 30.0
 """A process that lived for so long is started again without delay."""
+MANY_DEATHS = 3
+"""So many in a row are a crash loop, which the log says. It is not given up: every start has worked."""
 EXIT_GRACE_S = 2.0
 """After draining, for the process to clean up and exit."""
 CRASH_GRACE_S = 0.5
@@ -61,6 +63,8 @@ class KeptProcess(ABC, Generic[StateT, SaidT, ReadyT]):
         self._start_s = 0.0
         """How long the last start took."""
         self._num_restarts = 0
+        self._num_quick_deaths = 0
+        """In a row; each within ``STABLE_S`` of its start."""
         self._fault: str | None = None
 
     @property
@@ -148,6 +152,9 @@ class KeptProcess(ABC, Generic[StateT, SaidT, ReadyT]):
     def _on_message(self, message: SaidT) -> None:
         """Take what the process says."""
 
+    def _on_turn(self, began_s: float) -> None:
+        """The process lives; by ``time.monotonic`` its present turn began at ``began_s``."""
+
     async def _prepare(self, child: Child[SaidT, ReadyT]) -> None:
         """Bring a process that says it is ready to where the last one was, before READY.
 
@@ -178,7 +185,9 @@ class KeptProcess(ABC, Generic[StateT, SaidT, ReadyT]):
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._state_cell.set(self._loading)
-        child: Child[SaidT, ReadyT] = Child(self._program, on_message=self._on_message, limits=self._limits)
+        child: Child[SaidT, ReadyT] = Child(
+            self._program, on_message=self._on_message, limits=self._limits, on_turn=self._on_turn
+        )
         self._child = child
         try:
             ready = await child.start()
@@ -219,6 +228,15 @@ class KeptProcess(ABC, Generic[StateT, SaidT, ReadyT]):
             )
             if loop.time() - born >= STABLE_S:
                 backoff_s = FIRST_BACKOFF_S
+                self._num_quick_deaths = 0
+            self._num_quick_deaths += 1
+            if self._num_quick_deaths >= MANY_DEATHS:
+                log.critical(
+                    "the %s process has died %d times, each time within %g s of its start",
+                    self._program.name,
+                    self._num_quick_deaths,
+                    STABLE_S,
+                )
             replacement, backoff_s = await self._replace(backoff_s)
             if replacement is None:
                 return

@@ -22,6 +22,7 @@
     ├── ReaderTooSlow        ABORTED
     ├── Unauthenticated      UNAUTHENTICATED
     ├── PermissionDenied     PERMISSION_DENIED
+    ├── Quarantined          INTERNAL             the process has died each time it computed this request
     └── InternalError        INTERNAL             a reference to the server's log, nothing else
 
 Servicers raise them; ``server.rpc.interceptor`` alone turns them into statuses. Messages are written for
@@ -58,6 +59,7 @@ __all__ = [
     "PinBudgetExceeded",
     "PrefixInUse",
     "PrefixNotFound",
+    "Quarantined",
     "QueueFull",
     "ReaderTooSlow",
     "RequestIdInUse",
@@ -269,6 +271,13 @@ class PermissionDenied(CallError):
     reason = "PERMISSION_DENIED"
 
 
+class Quarantined(CallError):
+    """The process that computes it has died each time with this request in it: not tried for a while."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "QUARANTINED"
+
+
 class InternalError(CallError):
     """Something failed that should not have. The client learns a reference into the log alone."""
 
@@ -303,6 +312,10 @@ def error_from_engine(kind: FailureKind, *, retry_after_s: float | None = None) 
             return InternalError("the model could not compute this request", reason="NUMERICAL")
         case FailureKind.OUT_OF_MEMORY:
             return OutOfMemory("the server ran out of memory while it computed this request")
+        case FailureKind.QUARANTINED:
+            return Quarantined(
+                "the engine has died each time it computed this request; it is not tried again for a while"
+            )
         case FailureKind.INTERNAL:
             return InternalError("internal error")
 
@@ -323,8 +336,9 @@ def trailing_metadata(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
         delay = duration_pb2.Duration(seconds=delay_ms // 1000, nanos=delay_ms % 1000 * 1_000_000)
         _pack(details.add(), error_details_pb2.RetryInfo(retry_delay=delay))
         metadata.append((PUSHBACK_KEY, str(delay_ms)))
-    elif error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # Clients' retry policies try this code again unless told that time alone changes nothing.
+    elif error.code is grpc.StatusCode.RESOURCE_EXHAUSTED or isinstance(error, Quarantined):
+        # Clients' retry policies try the former again unless told that time alone changes nothing; some
+        # try everything.
         metadata.append((PUSHBACK_KEY, "-1"))
     metadata.append((STATUS_DETAILS_KEY, status.SerializeToString()))
     return tuple(metadata)

@@ -30,6 +30,7 @@ from server.rpc.health import HealthReporter
 from server.rpc.interceptor import CallInterceptor, CallLimits
 from server.rpc.listener import ListenOptions, Services, bind, make_server
 from server.rpc.oip import open_inference_pb2, open_inference_pb2_grpc
+from server.rpc.oip.off import InferenceOff
 from server.rpc.oip.service import InferenceService
 from server.rpc.predict_service import PredictLimits, PredictObserver, PredictService
 from server.rpc.served_model import ServedModel
@@ -122,9 +123,9 @@ class FrontEnd:
                 max_message_bytes=options.listen.max_message_bytes,
                 observer=predict_observer,
             )
-            open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-                self._inference_service, services
-            )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            self._inference_service or InferenceOff(), services
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, services)
         if options.reflection:
             self._add_reflection(services)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 
 import grpc
 
@@ -17,6 +18,7 @@ from server.predict.errors import (
     ComputeError,
     ExpiredError,
     InputError,
+    ModelExistsError,
     ModelInUseError,
     ModelRefusedError,
     ModelTooLargeError,
@@ -24,22 +26,34 @@ from server.predict.errors import (
     OverloadedError,
     PredictError,
     PredictLostError,
+    QuarantinedError,
     UnknownModelError,
     WrongTaskError,
 )
 from server.rpc.errors import (
     CallError,
     DeadlinePassed,
+    FieldViolation,
     InternalError,
     InvalidArgument,
     ModelBusy,
     ModelNotFound,
     ModelNotLoaded,
+    NotSupported,
+    Quarantined,
     QueueFull,
     Unavailable,
 )
 
-__all__ = ["ModelRefused", "ModelTooLarge", "error_from_predict", "error_message", "internal_error"]
+__all__ = [
+    "ModelExists",
+    "ModelRefused",
+    "ModelTooLarge",
+    "error_from_predict",
+    "error_message",
+    "internal_error",
+    "predict_is_off",
+]
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
@@ -53,6 +67,22 @@ class ModelRefused(CallError):
     reason = "MODEL_REFUSED"
 
 
+class ModelExists(CallError):
+    """The version stands in the catalogue as something else; what differs is in the details, as a field."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "MODEL_EXISTS"
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self._violation = FieldViolation(field, description)
+
+    @property
+    def violations(self) -> Sequence[FieldViolation]:
+        """Return the field that differs."""
+        return (self._violation,)
+
+
 class ModelTooLarge(CallError):
     """There is no room for the model. No time to try again is given: it does not fit by itself."""
 
@@ -60,18 +90,25 @@ class ModelTooLarge(CallError):
     reason = "MODEL_TOO_LARGE"
 
 
-def error_from_predict(error: PredictError, *, inputs: str = "", item: str = "") -> CallError:
-    """Return the call's error. ``inputs`` is the field with all inputs, ``item`` the repeated one of them."""
+def error_from_predict(
+    error: PredictError, *, inputs: str = "", item: str = "", model: str = "model"
+) -> CallError:
+    """Return the call's error, with the request's own names of fields.
+
+    ``inputs`` is the one with all inputs, ``item`` the repeated one of them, ``model`` the model's name.
+    """
     retry_after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
     match error:
         case InputError():
             return InvalidArgument.of(_field_of(error, inputs, item), error.reason)
         case WrongTaskError():
-            return InvalidArgument.of("model", error.reason)
+            return InvalidArgument.of(model, error.reason)
         case UnknownModelError():
             return ModelNotFound(error.reason)
         case ModelRefusedError():
             return ModelRefused(error.reason)
+        case ModelExistsError():
+            return ModelExists(error.part, error.reason)
         case ModelTooLargeError():
             return ModelTooLarge(error.reason)
         case ModelInUseError():
@@ -86,7 +123,16 @@ def error_from_predict(error: PredictError, *, inputs: str = "", item: str = "")
             return DeadlinePassed(error.reason)
         case ComputeError():
             return InternalError(error.reason, reason="NUMERICAL")
+        case QuarantinedError():
+            return Quarantined(error.reason)
     return internal_error(error)
+
+
+def predict_is_off() -> NotSupported:
+    """Return the error of every call about predict to a server that was started without it."""
+    return NotSupported(
+        "predict is off: this server has its generating model alone; start it with --predict on"
+    )
 
 
 def internal_error(error: Exception, *, request_id: str = "") -> InternalError:

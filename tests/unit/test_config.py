@@ -93,6 +93,9 @@ def test_bad_durations(bad: object) -> None:
         ({"served_name": "../x"}, {}, "--served-name: must be a name"),
         ({"otlp_endpoint": "localhost:4317"}, {}, "--otlp-endpoint: must look like"),
         ({"api_keys_file": "/nowhere/keys.yaml"}, {}, "/nowhere/keys.yaml: No such file"),
+        ({"silence": "500ms"}, {}, "--silence: must be at least 1s, not '500ms'"),
+        ({"watchdog": "0"}, {}, "--watchdog: must be at least 1s"),
+        ({"quarantine": "never"}, {}, "--quarantine: must be a duration"),
         ({"model": "x" * 500 + "\n"}, {}, r"\.\.\."),
     ],
 )

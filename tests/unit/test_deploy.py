@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from server.engine.fake import FakeEngine
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics
 from server.telemetry.predict_metrics import PredictCollector, PredictMetrics
+from server.telemetry.process_metrics import ProcessCollector
 from tests.unit.test_predict_metrics import full_backend
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -25,6 +26,7 @@ def known_samples():
     registry.register(EngineCollector(FakeEngine(), model_name="m"))
     PredictMetrics(registry)
     registry.register(PredictCollector(full_backend()))
+    registry.register(ProcessCollector({"engine": FakeEngine()}))
     names = {metric.name for metric in registry.collect()}
     return {name + suffix for name in names for suffix in SAMPLE_SUFFIXES}
 

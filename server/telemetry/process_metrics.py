@@ -1,0 +1,94 @@
+"""Prometheus metrics of the processes behind the front end: deaths, and requests that may be the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["KeptProcess", "ProcessCollector"]
+
+
+class Counts(Protocol):
+    """As ``server.process.quarantine.QuarantineCounts``."""
+
+    @property
+    def num_suspects(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_in_quarantine(self) -> int: ...
+    @property
+    def num_quarantined(self) -> int: ...
+    @property
+    def num_refused(self) -> int: ...
+
+
+class KeptProcess(Protocol):
+    """A process that is started again when it dies."""
+
+    @property
+    def num_restarts(self) -> int: ...
+    @property
+    def is_given_up(self) -> bool: ...
+    @property
+    def quarantine(self) -> Counts: ...
+
+
+Value = Callable[[KeptProcess], float]
+
+
+class ProcessCollector(Collector):
+    """Asks the processes when scraped; runs in the scraping thread, changes nothing."""
+
+    def __init__(self, processes: Mapping[str, KeptProcess]) -> None:
+        """``processes`` by their names, which become the label ``process``."""
+        self._processes = dict(processes)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        yield self._each(
+            counter, "process_restarts", "Times that it was started again.", lambda p: p.num_restarts
+        )
+        yield self._each(
+            gauge, "process_given_up", "1 once it does not start any more.", lambda p: p.is_given_up
+        )
+        yield self._each(
+            gauge,
+            "quarantine_suspects",
+            "Different requests that were in it when it died.",
+            lambda p: p.quarantine.num_suspects,
+        )
+        yield self._each(
+            gauge,
+            "quarantine_waiting",
+            "Suspects that wait for their turn.",
+            lambda p: p.quarantine.num_waiting,
+        )
+        yield self._each(
+            gauge,
+            "quarantine_requests",
+            "Different requests that are refused now, for it has died of them.",
+            lambda p: p.quarantine.num_in_quarantine,
+        )
+        yield self._each(
+            counter,
+            "quarantined_requests",
+            "As many as there ever were.",
+            lambda p: p.quarantine.num_quarantined,
+        )
+        yield self._each(
+            counter, "quarantine_refusals", "Calls refused for that.", lambda p: p.quarantine.num_refused
+        )
+
+    def _each(
+        self, family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str, value: Value
+    ) -> Metric:
+        metric = family(f"kvserve_{name}", text, labels=["process"])
+        for process, kept in self._processes.items():
+            metric.add_metric([process], float(value(kept)))
+        return metric
