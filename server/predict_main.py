@@ -13,6 +13,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,7 +22,7 @@ import msgspec
 from kvcore.clock import Clock
 from server.predict.errors import ModelRefusedError
 from server.predict.messages import ReuseEvent
-from server.predict.model import LoadProgress, PredictModel
+from server.predict.model import FoundModel, LoadProgress, PredictModel
 from server.predict.options import ModelSpec, PredictOptions
 from server.predict.serve import Outbox, serve
 from server.process.memory import available_host_bytes
@@ -42,12 +44,12 @@ class Loader:
 
         self._options = options
         self._clock = clock
-        self._sources = Sources(model_root=options.model_root, mlflow_uri=options.mlflow_uri)
-        self._checked: dict[tuple[str, str], SourceFolder] = {}
-        """Found and checked for ``size``, to be loaded next: a folder's digests are computed once.
-
-        One for each version at most: should there be no room for it, the next ``size`` finds it anew.
-        """
+        self._sources = Sources(
+            model_root=options.model_root,
+            mlflow_uri=options.mlflow_uri,
+            cache_folder=None if options.download_folder is None else Path(options.download_folder),
+            cache_bytes=options.download_bytes,
+        )
         self._torch_lock = threading.Lock()
         self._torch_is_ready = False
 
@@ -56,61 +58,19 @@ class Loader:
         self._prepare_torch()
         import server.worker.predict  # noqa: F401 - for its imports
 
-    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
+    def find(self, spec: ModelSpec, *, on_progress: LoadProgress) -> FoundModel:
         if spec.source is None:
-            return None
-        self._checked.pop((spec.name, spec.version), None)
-        found = self._sources.resolve(spec, on_progress=on_progress)
-        self._prepare_torch()
-        from server.worker.predict import text_model_bytes
-
-        num_bytes = text_model_bytes(found.folder, root=found.root, spec=spec)
-        self._checked[spec.name, spec.version] = found
-        return num_bytes
-
-    def load(
-        self,
-        spec: ModelSpec,
-        *,
-        on_progress: LoadProgress,
-        on_reuse_event: Callable[[ReuseEvent], None],
-        embedder: PredictModel | None = None,
-    ) -> PredictModel:
-        if spec.features is not None:
-            from server.predict.reuse import build_feature_model
-
-            return build_feature_model(spec, clock=self._clock, on_event=on_reuse_event)
-        model = self._load_text_model(spec, on_progress)
-        if spec.semantic is None:
-            return model
-        from server.predict.reuse import SemanticModel
-
+            return _FoundPredictor(spec, self._clock)
+        folder = self._sources.resolve(spec, on_progress=on_progress)
         try:
-            if embedder is None:
-                raise ModelRefusedError("the embedder of the semantic cache is not there")
-            return SemanticModel(model, embedder, spec.semantic, clock=self._clock, on_event=on_reuse_event)
-        except BaseException:
-            model.close()
-            raise
+            self._prepare_torch()
+            from server.worker.predict import text_model_bytes
 
-    def _load_text_model(self, spec: ModelSpec, on_progress: LoadProgress) -> PredictModel:
-        found = self._checked.pop((spec.name, spec.version), None)
-        if found is None:
-            found = self._sources.resolve(spec, on_progress=on_progress)
-        self._prepare_torch()
-        from server.worker.predict import load_text_model
-
-        for note in found.notes:
-            log.info("model %s version %s: %s", spec.name, spec.version, note)
-        model = load_text_model(
-            found.folder, root=found.root, spec=spec, device=self._options.device, on_progress=on_progress
-        )
-        try:
-            found.check_unchanged()
+            num_bytes = text_model_bytes(folder.folder, root=folder.root, spec=spec)
         except BaseException:
-            model.close()
+            folder.close()
             raise
-        return model
+        return _FoundTextModel(spec, folder, num_bytes, device=self._options.device, clock=self._clock)
 
     def _prepare_torch(self) -> None:
         """Import torch and give it its threads, once."""
@@ -122,6 +82,81 @@ class Loader:
             # Counts for every thread that has not used torch yet, the compute thread among them.
             torch.set_num_threads(_num_threads(self._options))
             self._torch_is_ready = True
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundPredictor:
+    """A stateful encoder: a ``FoundModel`` without files."""
+
+    spec: ModelSpec
+    clock: Clock
+    num_bytes: int | None = None
+
+    def load(
+        self,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        from server.predict.reuse import build_feature_model
+
+        return build_feature_model(self.spec, clock=self.clock, on_event=on_reuse_event)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundTextModel:
+    """A checked folder: a ``FoundModel``. Torch is ready."""
+
+    spec: ModelSpec
+    folder: SourceFolder
+    num_bytes: int | None
+    device: str
+    clock: Clock
+
+    def load(
+        self,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        model = self._load(on_progress)
+        if self.spec.semantic is None:
+            return model
+        from server.predict.reuse import SemanticModel
+
+        try:
+            if embedder is None:
+                raise ModelRefusedError("the embedder of the semantic cache is not there")
+            return SemanticModel(
+                model, embedder, self.spec.semantic, clock=self.clock, on_event=on_reuse_event
+            )
+        except BaseException:
+            model.close()
+            raise
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def _load(self, on_progress: LoadProgress) -> PredictModel:
+        from server.worker.predict import load_text_model
+
+        spec, folder = self.spec, self.folder
+        for note in folder.notes:
+            log.info("model %s version %s: %s", spec.name, spec.version, note)
+        model = load_text_model(
+            folder.folder, root=folder.root, spec=spec, device=self.device, on_progress=on_progress
+        )
+        try:
+            folder.check_unchanged()
+        except BaseException:
+            model.close()
+            raise
+        return model
 
 
 def build(options: PredictOptions, clock: Clock, outbox: Outbox) -> PredictHost:

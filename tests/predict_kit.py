@@ -30,7 +30,7 @@ from server.predict.messages import (
     TextItem,
     ToPredict,
 )
-from server.predict.model import LoadProgress, PredictModel, Prepared
+from server.predict.model import FoundModel, LoadProgress, PredictModel, Prepared
 from server.predict.options import FeatureSpec, ModelSpec, PredictOptions
 
 PATIENCE_S = 20.0
@@ -152,16 +152,11 @@ class KitLoader:
         self.made: list[tuple[str, Any]] = []
         self.on_reuse_event: Callable[[ReuseEvent], None] = print
 
-    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
-        return 100
+    def find(self, spec: ModelSpec, *, on_progress: LoadProgress) -> FoundModel:
+        return KitFound(self, spec)
 
     def load(
-        self,
-        spec: ModelSpec,
-        *,
-        on_progress: LoadProgress,
-        on_reuse_event: Callable[[ReuseEvent], None],
-        embedder: PredictModel | None = None,
+        self, spec: ModelSpec, on_progress: LoadProgress, on_reuse_event: Callable[[ReuseEvent], None]
     ) -> PredictModel:
         self.on_reuse_event = on_reuse_event
         for done in range(1000):
@@ -173,6 +168,27 @@ class KitLoader:
         model = self.make[spec.name]()
         self.made.append((spec.name, model))
         return model
+
+
+@dataclass
+class KitFound:
+    """One of its models, found."""
+
+    loader: KitLoader
+    spec: ModelSpec
+    num_bytes: int | None = 100
+
+    def load(
+        self,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        return self.loader.load(self.spec, on_progress, on_reuse_event)
+
+    def close(self) -> None:
+        pass
 
 
 class HostKit:

@@ -60,9 +60,9 @@ class AsyncModels:
     async def unload(
         self, name: str, drain_s: float | None = None, **options: Unpack[ModelOptions]
     ) -> ModelStatus:
-        """Unload one; of a predict model all versions, or the one given.
+        """Unload one; of a predict model all versions at one moment, or the one given.
 
-        ``FailedPrecondition`` while requests run, unless ``drain_s`` lets them end first.
+        ``FailedPrecondition``, and nothing unloaded, while requests run that do not end within ``drain_s``.
         """
         answer = await self._transport.unary(self._calls.unload(name, drain_s, options))
         return model_status_from_pb(answer.status)

@@ -24,7 +24,8 @@ class LoadOptions(TimeoutOptions, total=False):
     """Of a predict model. Default: the latest; with ``source``: the next number."""
     source: str | None
     """Add this version first: a folder below the server's model root, "hf:owner/name@commit" or
-    "models:/name/version" of the server's MLflow registry."""
+    "models:/name/version" of the server's MLflow registry. ``AlreadyExists`` if the version is there with
+    another source, task or pooling; the same again is no error."""
     task: str | None
     """With ``source``: "classify", "classify_tokens", "regress" or "embed". Default: as the model says."""
     pooling: str | None

@@ -58,9 +58,9 @@ class Models:
         return Progress(self._calls.load(name, options), load_progress_from_pb, self._transport)
 
     def unload(self, name: str, drain_s: float | None = None, **options: Unpack[ModelOptions]) -> ModelStatus:
-        """Unload one; of a predict model all versions, or the one given.
+        """Unload one; of a predict model all versions at one moment, or the one given.
 
-        ``FailedPrecondition`` while requests run, unless ``drain_s`` lets them end first.
+        ``FailedPrecondition``, and nothing unloaded, while requests run that do not end within ``drain_s``.
         """
         answer = self._transport.unary(self._calls.unload(name, drain_s, options))
         return model_status_from_pb(answer.status)

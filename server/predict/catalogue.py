@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from kvcore.clock import Clock
-from server.predict.errors import InputError, ModelRefusedError, UnknownModelError
+from server.predict.errors import InputError, ModelExistsError, ModelRefusedError, UnknownModelError
 from server.predict.messages import LoadModel, ModelStatus, SetAlias
 from server.predict.options import POOLINGS, TASKS, ModelSpec, PredictOptions, is_plain_name
 from server.predict.sources import check_remote_source, source_kind
@@ -40,8 +40,7 @@ SCAN_INTERVAL_S = 1.0
 """The model root is read again for a name that is not known, at most this often."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ModelKey:
+class ModelKey(msgspec.Struct, frozen=True, order=True):
     """A version of a model."""
 
     name: str
@@ -75,6 +74,8 @@ class _Model:
         self.aliases: dict[str, _Alias] = {}
         self.on_trial: set[str] = set()
         """Added, and not loaded yet."""
+        self.found: set[str] = set()
+        """Below the model root: nobody has said what to make of them."""
         self._latest = ""
 
     def changed(self) -> None:
@@ -181,11 +182,11 @@ class Catalogue:
             )
 
     def add(self, op: LoadModel) -> CatalogueEntry:
-        """Add the version that ``op.source`` names; return it, also if it stands there already.
+        """Add the version that ``op.source`` names; return it, also if the very same stands there already.
 
         A new one is on trial until :meth:`confirm` or :meth:`withdraw`, unless it is loaded on first use.
-        Raises ``InputError`` naming a field, also for a source that may not come from a client, or
-        ``ModelRefusedError``: other contents under a version that is taken.
+        Raises ``InputError`` naming a field, also for a source that may not come from a client,
+        ``ModelExistsError`` naming what the version that stands there has other, or ``ModelRefusedError``.
         """
         for field, value, known in (("task", op.task, TASKS), ("pooling", op.pooling, POOLINGS)):
             if value and value not in known:
@@ -211,15 +212,20 @@ class Catalogue:
                     pooling=op.pooling or None,
                 )
             )
-            present = None if model is None else model.versions.get(version)
+            there = model or _Model(op.model)
+            present = there.versions.get(version)
             if present is None:
                 self._put(entry)
                 if not op.lazy:
                     self._models[op.model].on_trial.add(version)
                     self._models[op.model].changed()
                 return entry
-            if present.spec.source != op.source:
-                raise ModelRefusedError("this version stands in the catalogue, with another source")
+            if op.lazy and version in there.found:
+                # It is repeated in a new process, which has found the same folder by itself meanwhile.
+                there.versions[version] = entry
+                there.found.remove(version)
+                return entry
+            _check_same(present.spec, entry.spec)
             return present
 
     def confirm(self, entry: CatalogueEntry) -> None:
@@ -310,6 +316,7 @@ class Catalogue:
             taken = known is not None and (version in known.versions or version in known.aliases)
             if not taken and version != LATEST and self._num_entries < MAX_VERSIONS:
                 self._put(_entry(ModelSpec(name=name, version=version, source=source)))
+                self._models[name].found.add(version)
 
 
 def version_order(version: str) -> tuple[tuple[int, int, str], ...]:
@@ -329,6 +336,19 @@ def _configured(spec: ModelSpec) -> CatalogueEntry:
     except ModelRefusedError as error:
         # One of many lines of a file: say which.
         raise ModelRefusedError(f"model {spec.name!r} version {spec.version!r}: {error.reason}") from error
+
+
+def _check_same(present: ModelSpec, wanted: ModelSpec) -> None:
+    """Raise ``ModelExistsError`` unless they agree in all that can be asked for."""
+    stands = f"version {present.version} stands in the catalogue with"
+    if present.source != wanted.source:
+        # Not which: it may be a path of the operator's.
+        raise ModelExistsError(f"{stands} another source", part="source")
+    for part in ("task", "pooling"):
+        has, asked = getattr(present, part), getattr(wanted, part)
+        if has != asked:
+            shown = "the one of the model's configuration" if has is None else has
+            raise ModelExistsError(f"{stands} {shown}", part=part)
 
 
 def _next_version(model: _Model | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -123,22 +122,14 @@ class OpsDesk:
             entries = [self._catalogue.route(op.model, op.version)]
         else:
             entries = self._catalogue.entries(op.model)
-        lock = threading.Lock()
-        num_left = len(entries)
-        errors: list[PredictError] = []
 
-        def done(answer: ModelStatus | PredictError) -> None:
-            nonlocal num_left
-            with lock:
-                num_left -= 1
-                if isinstance(answer, PredictError):
-                    errors.append(answer)
-                if num_left:
-                    return
-            self._send(op_failed(op_id, errors[0]) if errors else OpDone(op_id, self._list(entries)))
+        def done(answer: tuple[ModelStatus, ...] | PredictError) -> None:
+            if isinstance(answer, PredictError):
+                self._send(op_failed(op_id, answer))
+            else:
+                self._send(OpDone(op_id, self._list(entries)))
 
-        for entry in entries:
-            self._cache.unload(entry, op.drain_s, done)
+        self._cache.unload(entries, op.drain_s, done)
 
     def _report(self, op: GetReuse) -> ReuseReport:
         entry = self._catalogue.route(op.model, op.version)

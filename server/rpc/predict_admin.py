@@ -25,8 +25,8 @@ from server.predict.messages import (
     UnloadModel,
 )
 from server.predict.options import POOLINGS, TASKS
-from server.rpc.errors import InternalError, InvalidArgument, ModelNotFound, NotSupported, Unavailable
-from server.rpc.predict_errors import error_from_predict
+from server.rpc.errors import InternalError, InvalidArgument, Unavailable
+from server.rpc.predict_errors import error_from_predict, predict_is_off
 from server.rpc.reuse_convert import event_of, report_of
 from server.rpc.validation import Violations
 
@@ -46,7 +46,7 @@ _STATES = {
 
 
 class PredictAdmin:
-    """Without a backend there are no predict models: nothing is listed, and every name is unknown."""
+    """Without a backend nothing of predict is listed, and what is asked for is answered that it is off."""
 
     def __init__(self, backend: PredictBackend | None, *, generating: str) -> None:
         """``generating`` is the name that is not predict's."""
@@ -82,7 +82,7 @@ class PredictAdmin:
         """
         started_s = time.perf_counter()
         op = _read_load(request)
-        backend = self._find_backend(is_new=bool(op.source))
+        backend = self._find_backend()
         progress: pb.LoadModelProgress | None = None
         with _as_call_errors():
             async with aclosing(backend.load(op)) as messages:
@@ -107,7 +107,7 @@ class PredictAdmin:
             raise InternalError("the load ended without a result")
 
     async def unload(self, request: pb.UnloadModelRequest) -> pb.UnloadModelResponse:
-        """Unload one version, or all; return when their memory is free. The status is of the last of them."""
+        """Unload one version, or all or none; return when their memory is free. The status is of the last."""
         violations = _names(request.model, request.version)
         drain_s = violations.age("drain", request.drain) if request.HasField("drain") else None
         violations.raise_if_any()
@@ -159,7 +159,7 @@ class PredictAdmin:
             with _as_call_errors():
                 await backend.describe(request.model)
         else:
-            backend = self._need_backend()
+            backend = self._find_backend()
         with _as_call_errors():
             async with aclosing(backend.watch_reuse()) as events:
                 # Begun before it is said: a generator does nothing until its first event is asked for.
@@ -177,16 +177,10 @@ class PredictAdmin:
                         await asyncio.wait({following})
         raise Unavailable("the predict process has ended", reason="PREDICT_LOST", retry_after_s=1.0)
 
-    def _need_backend(self) -> PredictBackend:
+    def _find_backend(self) -> PredictBackend:
         if self._backend is None:
-            raise NotSupported("this server serves no predict models")
+            raise predict_is_off()
         return self._backend
-
-    def _find_backend(self, *, is_new: bool = False) -> PredictBackend:
-        """Return the backend for a model that a request names; ``is_new``: it does not have it yet."""
-        if self._backend is None and not is_new:
-            raise ModelNotFound("no such model is served here")
-        return self._need_backend()
 
 
 def _names(model: str, version: str) -> Violations:

@@ -68,7 +68,7 @@ def make_pipeline(scratch: Path, seed: int) -> Any:
 
 
 def wait_for(uri: str) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         try:
             with urllib.request.urlopen(f"{uri}/health", timeout=5):
                 return

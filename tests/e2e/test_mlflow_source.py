@@ -82,7 +82,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:] + (folder / "server.log").read_text()[-4000:]

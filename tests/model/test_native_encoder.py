@@ -343,6 +343,22 @@ def test_a_workspace_goes_with_its_last_encoder() -> None:
     assert gone() is None
 
 
+def test_an_encoder_and_its_workspace_may_be_collected_in_any_order() -> None:
+    """A load that fails leaves both in a cycle: the process used to die when the workspace was first."""
+    for workspace_first in (True, False):
+        encoder = build(make_model("bert", **SHAPES["small"]), threads=2)
+        workspace = encoder.workspace
+        ring: list[Any] = [workspace, encoder] if workspace_first else [encoder, workspace]
+        ring.append(ring)
+        gone = weakref.ref(encoder)
+        del encoder, workspace, ring
+        gc.collect()
+        assert gone() is None
+    encoder = build(make_model("bert", **SHAPES["small"]), threads=2)
+    encoder.workspace.__del__()
+    encoder.close()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [

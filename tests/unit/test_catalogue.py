@@ -8,7 +8,7 @@ import pytest
 
 from kvcore.clock import ManualClock
 from server.predict.catalogue import Catalogue, version_order
-from server.predict.errors import InputError, ModelRefusedError, UnknownModelError
+from server.predict.errors import InputError, ModelExistsError, ModelRefusedError, UnknownModelError
 from server.predict.messages import LoadModel, ModelPhase, ModelStatus, SetAlias
 from server.predict.options import FeatureSpec, ModelSpec, PredictOptions
 
@@ -156,10 +156,51 @@ def test_version_is_added_while_serving() -> None:
     assert models.route("a", "2") == added
     models.confirm(added)
     assert models.route("a").key.version == "2"
-    assert models.add(LoadModel("a", "2", source="other")) == added
-    with pytest.raises(ModelRefusedError, match="another source"):
-        models.add(LoadModel("a", "2", source="third"))
     assert models.add(LoadModel("new", source="new")).key.version == "1"
+
+
+@pytest.mark.parametrize(
+    ("other", "part", "reason"),
+    [
+        ({"source": "third"}, "source", "version 2 stands in the catalogue with another source"),
+        ({"task": "classify"}, "task", "version 2 stands in the catalogue with embed"),
+        ({"task": ""}, "task", "version 2 stands in the catalogue with embed"),
+        ({"pooling": "mean"}, "pooling", "version 2 stands in the catalogue with cls"),
+    ],
+)
+def test_version_that_stands_there_as_something_else_is_not_taken_for_what_is_asked(
+    other: dict[str, str], part: str, reason: str
+) -> None:
+    """Another task or pooling used to be passed over in silence."""
+    models = catalogue(spec("a", "1"))
+    asked = {"source": "other", "task": "embed", "pooling": "cls"}
+    added = models.add(LoadModel("a", "2", **asked))
+    assert models.add(LoadModel("a", "2", **asked)) == added  # the same again
+    with pytest.raises(ModelExistsError) as refused:
+        models.add(LoadModel("a", "2", **(asked | other)))
+    assert (refused.value.part, refused.value.reason) == (part, reason)
+    assert models.route("a", "2") == added
+
+
+def test_version_of_which_nobody_has_said_what_it_does_is_not_another_one_either(tmp_path: Path) -> None:
+    folder(tmp_path / "a")
+    models = catalogue(root=tmp_path)
+    assert models.add(LoadModel("a", "1", source="a")) == models.route("a")
+    with pytest.raises(ModelExistsError, match="the one of the model's configuration") as refused:
+        models.add(LoadModel("a", "1", source="a", task="embed"))
+    assert refused.value.part == "task"
+
+
+def test_addition_that_is_repeated_counts_more_than_the_folder_that_was_found(tmp_path: Path) -> None:
+    """After a restart the folder is found first: the version would be served with another task."""
+    folder(tmp_path / "a" / "1")
+    models = catalogue(root=tmp_path)
+    folder(tmp_path / "a" / "2")
+    added = models.add(LoadModel("a", "2", source="a/2", task="embed"))
+    again = catalogue(root=tmp_path)
+    assert again.route("a", "2").spec.task is None
+    repeated = LoadModel("a", "2", source="a/2", task="embed", lazy=True)
+    assert [again.add(repeated), again.add(repeated), again.route("a", "2")] == [added] * 3
 
 
 def test_version_that_could_not_be_loaded_is_gone_again() -> None:

@@ -20,7 +20,7 @@ from server.predict.errors import (
     PredictError,
 )
 from server.predict.messages import Inputs, ModelInfo, ModelPhase, ModelStatus, Output, ReuseEvent, Task
-from server.predict.model import LoadProgress, PredictModel, Prepared
+from server.predict.model import FoundModel, LoadProgress, PredictModel, Prepared
 from server.predict.model_cache import ModelCache, ModelLease
 from server.predict.options import ModelSpec, SemanticSpec
 
@@ -56,18 +56,35 @@ class SizedLoader:
     started: list[str] = field(default_factory=list)
     models: list[tuple[str, SizedModel]] = field(default_factory=list)
     embedders: list[PredictModel | None] = field(default_factory=list)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    sought: list[str] = field(default_factory=list)
+    seeking: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    fetch_gates: dict[str, threading.Event] = field(default_factory=dict)
+    not_found: dict[str, PredictError | Exception] = field(default_factory=dict)
+    found: list[SizedFound] = field(default_factory=list)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def size(self, spec: ModelSpec, *, on_progress: LoadProgress) -> int | None:
-        return self.sizes[spec.name]
+    def find(self, spec: ModelSpec, *, on_progress: LoadProgress) -> FoundModel:
+        self.sought.append(spec.name)
+        self.seeking.release()
+        if (gate := self.fetch_gates.get(spec.name)) is not None:
+            while not gate.wait(0.01):
+                on_progress("fetching", 1, 2)
+        if (error := self.not_found.get(spec.name)) is not None:
+            raise error
+        found = SizedFound(self, spec, self.sizes[spec.name])
+        self.found.append(found)
+        return found
 
-    def load(
-        self,
-        spec: ModelSpec,
-        *,
-        on_progress: LoadProgress,
-        on_reuse_event: Callable[[ReuseEvent], None],
-        embedder: PredictModel | None = None,
+    def load(self, spec: ModelSpec, on_progress: LoadProgress, embedder: PredictModel | None) -> PredictModel:
+        assert self.turn.acquire(blocking=False), "two are built at once"
+        try:
+            return self._load(spec, on_progress, embedder)
+        finally:
+            self.turn.release()
+
+    def _load(
+        self, spec: ModelSpec, on_progress: LoadProgress, embedder: PredictModel | None
     ) -> PredictModel:
         self.started.append(spec.name)
         self.embedders.append(embedder)
@@ -85,8 +102,32 @@ class SizedLoader:
         return [name for name, model in self.models if not model.is_closed]
 
 
-def entry(name: str, **spec: Any) -> CatalogueEntry:
-    return CatalogueEntry(ModelSpec(name=name, source=name, **spec), "folder")
+@dataclass(eq=False)
+class SizedFound:
+    """A model that was found; it knows whether its files were let go of."""
+
+    loader: SizedLoader
+    spec: ModelSpec
+    num_bytes: int | None
+    is_closed: bool = False
+
+    def load(
+        self,
+        *,
+        on_progress: LoadProgress,
+        on_reuse_event: Callable[[ReuseEvent], None],
+        embedder: PredictModel | None = None,
+    ) -> PredictModel:
+        assert not self.is_closed, "loaded from files that were let go of"
+        return self.loader.load(self.spec, on_progress, embedder)
+
+    def close(self) -> None:
+        assert not self.is_closed, "let go of twice"
+        self.is_closed = True
+
+
+def entry(name: str, version: str = "1", kind: str = "folder", **spec: Any) -> CatalogueEntry:
+    return CatalogueEntry(ModelSpec(name=name, version=version, source=name, **spec), kind)
 
 
 @dataclass
@@ -125,6 +166,24 @@ class World:
         method(*args, done)
         return answer.result(PATIENCE_S)
 
+    def ask_unload(
+        self, *entries: CatalogueEntry, drain_s: float | None = None
+    ) -> Future[tuple[ModelStatus, ...]]:
+        answer: Future[tuple[ModelStatus, ...]] = Future()
+
+        def done(statuses: tuple[ModelStatus, ...] | PredictError) -> None:
+            if isinstance(statuses, PredictError):
+                answer.set_exception(statuses)
+            else:
+                answer.set_result(statuses)
+
+        self.cache.unload(entries, drain_s, done)
+        return answer
+
+    def unload(self, *entries: CatalogueEntry, drain_s: float | None = None) -> list[ModelPhase]:
+        statuses = self.ask_unload(*entries, drain_s=drain_s).result(PATIENCE_S)
+        return [status.phase for status in statuses]
+
 
 @pytest.fixture
 def make_world() -> Iterator[Callable[..., World]]:
@@ -151,10 +210,12 @@ def make_world() -> Iterator[Callable[..., World]]:
 
     yield make
     for world in worlds:
-        for gate in world.loader.gates.values():
+        for gate in (*world.loader.gates.values(), *world.loader.fetch_gates.values()):
             gate.set()
         world.cache.close()
         assert world.loader.loaded() == []
+        assert all(found.is_closed for found in world.loader.found)
+        assert world.cache.num_bytes == 0
 
 
 MakeWorld = Callable[..., World]
@@ -192,7 +253,7 @@ def test_number_of_models_is_bounded_too(make_world: MakeWorld) -> None:
 
 
 def test_model_in_use_is_never_unloaded(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.predict.model_cache.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("server.predict.loading.ROOM_WAIT_S", 0.05)
     world = make_world({"a": 60, "b": 60}, memory=100)
     held = world.lease("a")
     with pytest.raises(ModelTooLargeError, match="held by models in use"):
@@ -224,7 +285,7 @@ def test_model_larger_than_the_memory_is_refused_and_nothing_else_suffers(make_w
 def test_room_that_cannot_be_made_unloads_nothing(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.predict.model_cache.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("server.predict.loading.ROOM_WAIT_S", 0.05)
     world = make_world({"a": 50, "b": 40, "c": 60}, memory=100)
     held = world.lease("a")
     world.touch("b")
@@ -270,8 +331,7 @@ def test_unexpected_fault_of_a_loader_tells_clients_nothing(
 def test_unloaded_by_an_operator_it_stays_so_until_it_is_loaded_by_one(make_world: MakeWorld) -> None:
     world = make_world({"a": 7})
     world.touch("a")
-    status = world.operate(world.cache.unload, entry("a"), None)
-    assert status.phase is ModelPhase.UNLOADED
+    assert world.unload(entry("a")) == [ModelPhase.UNLOADED]
     assert world.cache.num_bytes == 0
     with pytest.raises(ModelUnloadedError):
         world.lease("a")
@@ -280,7 +340,7 @@ def test_unloaded_by_an_operator_it_stays_so_until_it_is_loaded_by_one(make_worl
         world.cache.load, entry("a"), lambda _status, phase, done, total: seen.append((phase, done, total))
     )
     assert status.phase is ModelPhase.READY
-    assert seen == [("reading", 1, 2)]
+    assert sorted(seen) == [("", 0, 0), ("reading", 1, 2)]
     world.touch("a")
 
 
@@ -288,23 +348,14 @@ def test_unload_in_use_is_refused_or_drains(make_world: MakeWorld) -> None:
     world = make_world({"a": 1})
     held = world.lease("a")
     with pytest.raises(ModelInUseError):
-        world.operate(world.cache.unload, entry("a"), None)
-    answers: list[ModelStatus | PredictError] = []
-    drained = threading.Event()
-
-    def done(answer: ModelStatus | PredictError) -> None:
-        answers.append(answer)
-        drained.set()
-
-    world.cache.unload(entry("a"), PATIENCE_S, done)
+        world.unload(entry("a"))
+    drained = world.ask_unload(entry("a"), drain_s=PATIENCE_S)
     assert world.cache.status(entry("a")).phase is ModelPhase.DRAINING
     with pytest.raises(ModelUnloadedError):
         world.lease("a")
     held.model.run([])  # still there
     held.release()
-    assert drained.wait(PATIENCE_S)
-    [status] = answers
-    assert isinstance(status, ModelStatus)
+    [status] = drained.result(PATIENCE_S)
     assert status.phase is ModelPhase.UNLOADED
     assert world.loader.loaded() == []
 
@@ -313,7 +364,7 @@ def test_what_does_not_drain_in_time_goes_on(make_world: MakeWorld) -> None:
     world = make_world({"a": 1})
     held = world.lease("a")
     with pytest.raises(ModelInUseError, match="still run"):
-        world.operate(world.cache.unload, entry("a"), 0.01)
+        world.unload(entry("a"), drain_s=0.01)
     assert world.cache.status(entry("a")).phase is ModelPhase.READY
     world.touch("a")
     held.release()
@@ -326,7 +377,7 @@ def test_hundred_races_of_load_and_unload_end_well(make_world: MakeWorld) -> Non
         name = "abcde"[index % 5]
         try:
             if index % 7 == 0:
-                world.operate(world.cache.unload, entry(name), None)
+                world.unload(entry(name))
             elif index % 7 == 1:
                 world.operate(world.cache.load, entry(name), None)
             else:

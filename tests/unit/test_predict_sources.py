@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import itertools
 import json
 import os
 import pickle
+import random
+import re
 import shutil
 import stat
 import subprocess
@@ -18,12 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
-from server.predict.errors import ModelRefusedError
+from server.predict.errors import ModelRefusedError, ModelTooLargeError
 from server.predict.options import ModelSpec
 from server.predict.sources import SourceFolder, Sources, check_remote_source, registry_process, source_kind
-from server.predict.sources.content_cache import ContentCache
+from server.predict.sources.content_cache import ContentCache, HeldFolder
 from server.predict.sources.folder import MAX_DEPTH, MAX_ENTRIES
 from server.predict.sources.manifest import parse_sums
 from server.predict.sources.mlmodel import (
@@ -33,6 +37,7 @@ from server.predict.sources.mlmodel import (
     choose_files,
     read_mlmodel,
 )
+from server.predict.sources.registry import bytes_below
 from server.worker.checkpoint import read_weight_files
 from server.worker.errors import ModelLoadError
 
@@ -689,7 +694,7 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
 # One process for all cases: importing the hub's library takes most of the time.
 FETCH = """
 import json, sys
-from server.predict.errors import ModelRefusedError
+from server.predict.errors import ModelRefusedError, ModelTooLargeError
 from server.predict.options import ModelSpec
 from server.predict.sources import Sources
 
@@ -951,16 +956,27 @@ class TestContentCache:
             folder.mkdir()
             (folder / "config.json").write_text(text)
             sums = f"{hashlib.sha256(text.encode()).hexdigest()}  config.json\n".encode()
-            return cache.store(folder, sums, origin=origin)
+            held = cache.store(folder, sums, origin=origin)
+        held.close()
+        return held.path
+
+    def _find(self, cache: ContentCache, origin: dict[str, Any]) -> Path | None:
+        held = cache.find(origin)
+        if held is not None:
+            held.close()
+        return None if held is None else held.path
 
     def test_what_was_stored_is_found_until_it_differs(self, tmp_path: Path) -> None:
         cache = ContentCache(tmp_path / "cache")
         assert cache.find(self.ORIGIN) is None
         folder = self._store(cache, self.ORIGIN)
-        assert ContentCache(tmp_path / "cache").find(self.ORIGIN) == folder
+        assert self._find(ContentCache(tmp_path / "cache"), self.ORIGIN) == folder
         moved = self.ORIGIN | {"location": "b"}
         assert cache.find(moved) is None
-        assert cache.find_any(moved) == folder
+        held = cache.find_any(moved)
+        assert held is not None
+        assert held.path == folder
+        held.close()
         assert cache.find_any({"key": ["uri", "churn", "4"]}) is None
 
     def test_equal_contents_are_kept_once(self, tmp_path: Path) -> None:
@@ -976,6 +992,9 @@ class TestContentCache:
             stream.write("\n")
         assert cache.find(self.ORIGIN) is None
         assert cache.find_any(self.ORIGIN) is None
+        # It used to stand in the way of what was fetched instead, for good.
+        assert self._store(cache, self.ORIGIN) == folder
+        assert self._find(cache, self.ORIGIN) == folder
 
     def test_staging_is_empty_after_success_failure_and_a_crash(self, tmp_path: Path) -> None:
         cache = ContentCache(tmp_path / "cache")
@@ -986,6 +1005,7 @@ class TestContentCache:
             path.read_bytes()
         assert list(staging.iterdir()) == []
         (staging / "left" / "model").mkdir(parents=True)
+        (staging / "tmp-record").touch()
         with cache.stage() as mine, ContentCache(tmp_path / "cache").stage() as other:
             # Another fetch at the same time removes what was abandoned, and nothing that is in use.
             assert {mine, other} == set(staging.iterdir())
@@ -993,8 +1013,10 @@ class TestContentCache:
     def test_a_discarded_folder_is_gone_and_may_come_back(self, tmp_path: Path) -> None:
         cache = ContentCache(tmp_path / "cache")
         folder = self._store(cache, self.ORIGIN)
-        cache.discard(folder)
-        cache.discard(folder)
+        held = cache.find(self.ORIGIN)
+        assert held is not None
+        cache.discard(held)
+        cache.discard(held)
         assert cache.find(self.ORIGIN) is None
         assert self._store(cache, self.ORIGIN) == folder
 
@@ -1011,6 +1033,169 @@ class TestContentCache:
         (record,) = (tmp_path / "cache" / "versions").iterdir()
         record.write_bytes(text)
         assert cache.find(self.ORIGIN) is None
+
+
+class TestBoundedCache:
+    """What was fetched is kept within a budget; what is used stays."""
+
+    NUM_BYTES = 1_000_000
+    BUDGET = 3_500_000
+
+    @staticmethod
+    def origin(number: int) -> dict[str, Any]:
+        return {"key": ["uri", "m", str(number)]}
+
+    @pytest.fixture
+    def cache(self, tmp_path: Path) -> ContentCache:
+        return ContentCache(tmp_path / "cache", max_bytes=self.BUDGET)
+
+    def _store(self, cache: ContentCache, number: int, *, used_s: int | None = None) -> HeldFolder:
+        with cache.stage() as staging:
+            cache.make_room(self.NUM_BYTES)
+            folder = staging / "model"
+            folder.mkdir()
+            (folder / "weights").write_bytes(bytes([number]) * self.NUM_BYTES)
+            held = cache.store(folder, f"{number:064}  weights\n".encode(), origin=self.origin(number))
+        if used_s is not None:
+            held.close()
+            os.utime(cache._used / held.path.name, (used_s, used_s))
+        return held
+
+    def _numbers(self, cache: ContentCache) -> list[int]:
+        """Of what is found, without using it."""
+        return [
+            number
+            for number in range(1, 9)
+            if (known := cache._recall(self.origin(number))) is not None
+            and (cache._contents / known["contents"]).is_dir()
+        ]
+
+    def test_the_longest_unused_leave_first_and_the_log_says_so(
+        self, cache: ContentCache, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        for number, used_s in ((1, 300), (2, 100), (3, 200)):
+            self._store(cache, number, used_s=used_s)
+        assert "removed" not in caplog.text
+        self._store(cache, 4, used_s=400)
+        assert self._numbers(cache) == [1, 3, 4]
+        assert "removed 1 fetched models (0 MiB)" in caplog.text
+        cache.make_room(2 * self.NUM_BYTES)
+        assert self._numbers(cache) == [4]
+        assert len(list(cache._used.iterdir())) == len(list(cache._versions.iterdir())) == 1
+        assert list(cache._staging.iterdir()) == []
+
+    def test_what_was_found_again_is_the_last_to_leave(self, cache: ContentCache) -> None:
+        for number in (1, 2, 3):
+            self._store(cache, number, used_s=100 * number)
+        held = cache.find(self.origin(1))
+        assert held is not None
+        held.close()
+        self._store(cache, 4).close()
+        assert self._numbers(cache) == [1, 3, 4]
+
+    def test_what_is_held_stays_and_without_room_nothing_leaves(self, cache: ContentCache) -> None:
+        held = [self._store(cache, number) for number in (1, 2)]
+        self._store(cache, 3, used_s=500)
+        with pytest.raises(ModelTooLargeError, match="models that are loaded"):
+            cache.make_room(2 * self.NUM_BYTES)
+        assert self._numbers(cache) == [1, 2, 3]
+        held[0].close()
+        held[0].close()
+        cache.make_room(2 * self.NUM_BYTES)
+        assert self._numbers(cache) == [2]
+        held[1].close()
+
+    def test_a_model_larger_than_the_cache_or_the_disk_is_refused(
+        self, cache: ContentCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._store(cache, 1, used_s=100)
+        with pytest.raises(ModelTooLargeError, match="larger than the cache"):
+            cache.make_room(self.BUDGET + 1)
+        assert self._numbers(cache) == [1]
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 10))
+            with pytest.raises(ModelTooLargeError, match="the disk has less"):
+                cache.make_room(self.NUM_BYTES + 1000)
+            assert self._numbers(cache) == [1]
+            cache.make_room(self.NUM_BYTES)  # what leaves makes room on the disk, too
+        assert self._numbers(cache) == []
+
+    def test_others_that_were_fetched_at_the_same_time_are_trimmed_to_the_budget(
+        self, cache: ContentCache, tmp_path: Path
+    ) -> None:
+        roomier = ContentCache(tmp_path / "cache", max_bytes=1 << 40)
+        for number in range(1, 6):
+            self._store(roomier, number, used_s=100 * number)
+        self._store(cache, 6).close()
+        assert self._numbers(cache) == [4, 5, 6]
+
+    def test_another_server_keeps_what_it_uses_until_it_is_killed(
+        self, cache: ContentCache, tmp_path: Path
+    ) -> None:
+        for number in (1, 2, 3):
+            self._store(cache, number, used_s=100 * number)
+        program = (
+            "import pathlib, sys; from server.predict.sources.content_cache import ContentCache;"
+            "held = ContentCache(pathlib.Path(sys.argv[1])).find({'key': ['uri', 'm', '1']});"
+            "print(held is not None, flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / "cache")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"True\n"
+            os.utime(next(cache._used.iterdir()))  # the order is not what keeps it
+            with pytest.raises(ModelTooLargeError):
+                cache.make_room(self.BUDGET)
+            cache.make_room(2 * self.NUM_BYTES)
+            assert self._numbers(cache) == [1]
+            other.kill()
+        cache.make_room(self.BUDGET)
+        assert self._numbers(cache) == []
+
+    @pytest.mark.parametrize("where", ["shutil.rmtree", "pathlib.Path.unlink"])
+    def test_a_server_killed_while_it_removes_leaves_nothing_half(
+        self, where: str, cache: ContentCache, tmp_path: Path
+    ) -> None:
+        for number in (1, 2, 3):
+            self._store(cache, number, used_s=100 * number)
+        module, _, name = where.rpartition(".")
+        program = (
+            "import os, pathlib, shutil, sys; from server.predict.sources.content_cache import ContentCache;"
+            f"cache = ContentCache(pathlib.Path(sys.argv[1]), max_bytes={self.BUDGET});"
+            f"setattr({module}, '{name}', lambda *_, **__: os._exit(9)); cache.make_room(2_000_000)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "cache")], cwd=ROOT, timeout=60, check=False
+        )
+        assert done.returncode == 9
+        assert self._numbers(cache) == [3]
+        assert [cache.find(self.origin(number)) for number in (1, 2)] == [None, None]
+        assert len(list(cache._staging.iterdir())) == 1
+        self._store(cache, 1).close()  # as if nothing had been
+        assert self._numbers(cache) == [1, 3]
+        assert list(cache._staging.iterdir()) == []
+
+    def test_hundred_races_of_two_servers_never_show_half_a_folder(self, tmp_path: Path) -> None:
+        caches = [ContentCache(tmp_path / "cache", max_bytes=self.BUDGET) for _ in range(2)]
+        draw = random.Random(5)
+        plans = [(draw.randrange(2), draw.randrange(1, 6)) for _ in range(100)]
+
+        def use(plan: tuple[int, int]) -> bool:
+            cache = caches[plan[0]]
+            try:
+                held = cache.find(self.origin(plan[1])) or self._store(cache, plan[1])
+            except ModelTooLargeError:
+                return False
+            with contextlib.closing(held):
+                assert (held.path / "weights").read_bytes() == bytes([plan[1]]) * self.NUM_BYTES
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(use, plans)) > 50
+        caches[0].make_room(0)
+        assert len(self._numbers(caches[0])) <= 3
+        assert list(caches[0]._staging.iterdir()) == []
 
 
 class TestRegistryProcess:
@@ -1056,6 +1241,63 @@ class TestRegistryProcess:
         with registry_process.RegistryProcess("http://127.0.0.1:9") as process:
             process.ask("fetch", registry_process.Done, count_bytes=lambda: next(counter))
         assert next(counter) > 10
+
+    def test_it_ends_with_the_processes_that_it_has_started(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Clients of some object stores fetch with processes of their own."""
+        program = (
+            "import json, subprocess; input(); child = subprocess.Popen(['sleep', '600']);"
+            "print(json.dumps({'version': str(child.pid), 'location': ''}), flush=True); input()"
+        )
+        (tmp_path / "client_for_test.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(registry_process, "_MODULE", "client_for_test")
+        with registry_process.RegistryProcess("http://127.0.0.1:9") as process:
+            child = psutil.Process(int(process.ask("find", registry_process.FoundVersion).version))
+            assert child.name() == "sleep"
+        with contextlib.suppress(psutil.TimeoutExpired):
+            child.wait(5)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+    def test_a_client_that_nobody_waits_for_ends_though_its_download_has_not(self) -> None:
+        """It used to go on for as long as the download took, after the server had been killed."""
+        program = (
+            "import threading; from server.predict.sources import mlflow_client;"
+            "mlflow_client._answer = lambda request: print('begun', flush=True) or threading.Event().wait();"
+            "mlflow_client.main()"
+        )
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
+        ) as client:
+            assert client.stdin is not None
+            assert client.stderr is not None
+            client.stdin.write(b"{}\n")
+            client.stdin.flush()
+            assert client.stderr.readline() == b"begun\n"  # what libraries print goes there
+            client.stdin.close()
+            assert client.wait(20) == 1
+
+    def test_bytes_are_counted_while_files_come_and_go(self, tmp_path: Path) -> None:
+        """A part that was renamed at the wrong moment used to fail the whole download."""
+        (tmp_path / "done").write_bytes(b"12345")
+        is_over = threading.Event()
+
+        def come_and_go() -> None:
+            while not is_over.is_set():
+                (tmp_path / "parts").mkdir()
+                (tmp_path / "parts" / "one").write_bytes(b"123")
+                (tmp_path / "parts" / "one").rename(tmp_path / "parts" / "two")
+                shutil.rmtree(tmp_path / "parts")
+
+        with ThreadPoolExecutor(1) as pool:
+            going = pool.submit(come_and_go)
+            seen = {bytes_below(tmp_path) for _ in range(3000)}
+            is_over.set()
+            going.result()
+        assert seen <= {5, 8, 11}
+        assert bytes_below(tmp_path) == 5
 
 
 SCRIPTED_CLIENT = """
@@ -1153,8 +1395,12 @@ class TestScriptedRegistry:
     ) -> None:
         weights = next(entry for entry in script["list"]["files"] if entry[0] == "model/model.safetensors")
         weights[1] += num_more
-        reason = refusal(lambda: self._resolve(tmp_path, script), tmp_path)
-        assert ("the disk has less" if num_more > 1 else "model/model.safetensors is") in reason
+        if num_more > 1:
+            with pytest.raises(ModelTooLargeError, match="larger than the cache"):
+                self._resolve(tmp_path, script)
+        else:
+            reason = refusal(lambda: self._resolve(tmp_path, script), tmp_path)
+            assert "model/model.safetensors is" in reason
         assert list((tmp_path / "cache" / "contents").iterdir()) == []
         assert list((tmp_path / "cache" / "staging").iterdir()) == []
 
@@ -1166,6 +1412,45 @@ class TestScriptedRegistry:
         weights[1] -= 1
         assert "is larger than" in refusal(lambda: self._resolve(tmp_path, script), tmp_path)
         assert list((tmp_path / "cache" / "staging").iterdir()) == []
+
+    def test_what_was_fetched_stays_until_it_is_let_go_of(
+        self, script: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """As long as a model that was loaded from it may map its files."""
+        found = self._resolve(tmp_path, script)
+        cache = ContentCache(tmp_path / "cache", max_bytes=100)
+        with pytest.raises(ModelTooLargeError, match="that are loaded"):
+            cache.make_room(100)
+        found.check_unchanged()
+        found.close()
+        cache.make_room(100)
+        assert list((tmp_path / "cache" / "contents").iterdir()) == []
+
+    def test_what_is_refused_after_it_was_fetched_is_let_go_of(
+        self, script: dict[str, Any], tmp_path: Path
+    ) -> None:
+        (tmp_path / "scripted_client.json").write_text(json.dumps(script))
+        sources = Sources(model_root=None, mlflow_uri="http://registry", cache_folder=tmp_path / "cache")
+        spec = ModelSpec(name="m", source="models:/churn/3", sha256={"config.json": "0" * 64})
+        before = psutil.Process().num_fds()
+        assert "is in the folder" in refusal(lambda: sources.resolve(spec, on_progress=Progress()))
+        assert psutil.Process().num_fds() == before
+        ContentCache(tmp_path / "cache", max_bytes=100).make_room(100)
+        assert list((tmp_path / "cache" / "contents").iterdir()) == []
+
+    def test_a_damaged_copy_that_nothing_knows_of_any_more_is_replaced(
+        self, script: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """It used to be taken for what was fetched just now, and to be refused for good."""
+        found = self._resolve(tmp_path, script)
+        found.close()
+        for record in (tmp_path / "cache" / "versions").iterdir():
+            record.unlink()
+        (found.folder / "config.json").write_text("[]")
+        mended = self._resolve(tmp_path, script)
+        assert mended.folder == found.folder
+        assert (mended.folder / "config.json").read_text() == "{}"
+        mended.close()
 
     def test_two_fetches_of_one_version_at_once_end_in_one_folder(
         self, script: dict[str, Any], tmp_path: Path
@@ -1193,3 +1478,16 @@ for name in ("torch", "transformers", "cloudpickle", "numpy"):
 """
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input=b"", check=False, timeout=60)
         assert done.returncode == 0
+
+
+def test_what_is_refused_is_refused_without_asserts_too() -> None:
+    """``python -O`` leaves them out: none of them may be what keeps a file from being loaded."""
+    command = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-W", "ignore::pytest.PytestConfigWarning"]
+    names = "TestNames or TestManifest or TestUnchanged or (TestFolder and not thousand)"
+    command += ["-k", f"{names} or (TestMlflowFiles and not YAML)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
+    found = re.search(r"^(\d+) passed", done.stdout.splitlines()[-1])
+    assert found is not None
+    assert int(found[1]) > 150

@@ -13,10 +13,11 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from server.predict.errors import ModelRefusedError
 
-__all__ = ["CheckedFile", "Identity", "SourceFolder", "identity_of", "list_folder"]
+__all__ = ["CheckedFile", "Hold", "Identity", "SourceFolder", "identity_of", "list_folder"]
 
 MAX_ENTRIES = 10_000
 MAX_DEPTH = 8
@@ -50,9 +51,17 @@ class CheckedFile:
     """Hexadecimal; None: no manifest asked for it."""
 
 
+class Hold(Protocol):
+    """Keeps files where they are."""
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFolder:
-    """A local folder that may be loaded. Immutable; any thread."""
+    """A local folder that may be loaded. Immutable; any thread. Whoever got it closes it."""
 
     folder: Path
     root: Path
@@ -63,6 +72,8 @@ class SourceFolder:
     folders: tuple[tuple[Path, Identity], ...]
     notes: tuple[str, ...] = ()
     """For operators: what a moving name stood for, what was not checked."""
+    hold: Hold | None = None
+    """On a folder that is ours to remove."""
 
     @property
     def is_verified(self) -> bool:
@@ -72,6 +83,11 @@ class SourceFolder:
     @property
     def num_bytes(self) -> int:
         return sum(file.identity.num_bytes for file in self.files)
+
+    def close(self) -> None:
+        """Let go of the files: they may be removed from now on. Idempotent."""
+        if self.hold is not None:
+            self.hold.close()
 
     def check_unchanged(self) -> None:
         """Call after the last byte was read: raise ``ModelRefusedError`` if anything changed since the check.

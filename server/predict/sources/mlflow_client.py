@@ -18,7 +18,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 __all__ = ["main"]
@@ -34,14 +36,29 @@ _DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Answer requests until standard input ends; nobody waits for what is being answered then."""
     for name in _KEPT_OUT:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
     # Standard output carries answers alone; what libraries print goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
+    lines: SimpleQueue[str] = SimpleQueue()
+    is_busy = threading.Event()
+
+    def read() -> None:
+        for line in sys.stdin:
+            is_busy.set()
+            lines.put(line)
+        if is_busy.is_set():
+            # The process that asked is gone: a download may have minutes to go.
+            os._exit(1)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    while line := lines.get():
+        answer = json.dumps(_answer(json.loads(line)))
+        is_busy.clear()
+        print(answer, file=answers, flush=True)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,18 @@ their digests each time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from server.predict.errors import ModelRefusedError
 from server.predict.model import LoadProgress
-from server.predict.sources.content_cache import ContentCache
+from server.predict.sources.content_cache import ContentCache, HeldFolder
 from server.predict.sources.folder import Identity, list_folder
 from server.predict.sources.manifest import format_sums, hash_files
 from server.predict.sources.mlmodel import (
@@ -46,9 +48,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FetchedModel:
-    """A registered model on this machine's disk, with ``SHA256SUMS`` beside its files."""
+    """A registered model on this machine's disk, with ``SHA256SUMS`` beside its files. Held until closed."""
 
-    folder: Path
+    folder: HeldFolder
     notes: tuple[str, ...]
     digests: Mapping[Identity, str] = field(default_factory=dict)
     """Of files that were fetched, and hashed, just now."""
@@ -62,7 +64,10 @@ class MlflowRegistry:
         self._cache = cache
 
     def fetch(self, name: MlflowName, *, on_progress: LoadProgress) -> FetchedModel:
-        """Return a version's folder, fetched if need be. Blocks. Raises ``ModelRefusedError``."""
+        """Return a version's folder, fetched if need be. Blocks.
+
+        Raises ``ModelRefusedError``, or ``ModelTooLargeError``: the cache has no room for it.
+        """
         try:
             with RegistryProcess(self._uri) as registry:
                 return self._fetch(registry, name, on_progress)
@@ -94,26 +99,34 @@ class MlflowRegistry:
             "location": location,
             "files": sorted([file.path, file.num_bytes] for file in files),
         }
-        if (folder := self._cache.find(origin)) is not None:
-            return FetchedModel(folder, notes)
+        if (known := self._cache.find(origin)) is not None:
+            return FetchedModel(known, notes)
         with self._cache.stage() as staging:
-            download = _Download(registry, location, staging, on_progress)
+            download = _Download(registry, location, staging, on_progress, make_room=self._cache.make_room)
             folder = download.fetch_model(files)
             hashed = hash_files(list_folder(folder, folder)[0], on_progress=on_progress)
             stored = self._cache.store(folder, format_sums(hashed), origin=origin)
-        return FetchedModel(stored, notes, {file.identity: str(file.sha256) for file in hashed})
+        digests = {file.identity: str(file.sha256) for file in hashed} if stored.is_new else {}
+        return FetchedModel(stored, notes, digests)
 
 
 class _Download:
     """One model on its way into a staging folder."""
 
     def __init__(
-        self, registry: RegistryProcess, location: str, staging: Path, on_progress: LoadProgress
+        self,
+        registry: RegistryProcess,
+        location: str,
+        staging: Path,
+        on_progress: LoadProgress,
+        *,
+        make_room: Callable[[int], None],
     ) -> None:
         self._registry = registry
         self._location = location
         self._staging = staging.resolve()
         self._on_progress = on_progress
+        self._make_room = make_room
         self._num_done = 0
         self._num_expected = 0
 
@@ -123,8 +136,7 @@ class _Download:
         self._num_expected = mlmodel.num_bytes
         chosen = choose_files(read_mlmodel(self._fetch(mlmodel).read_bytes()), files)
         self._num_expected += sum(file.num_bytes for file in chosen.values())
-        if self._num_expected > shutil.disk_usage(self._staging).free:
-            raise ModelRefusedError(f"the model takes {self._num_expected >> 20} MiB, and the disk has less")
+        self._make_room(self._num_expected)
         folder = self._staging / "model"
         folder.mkdir(mode=0o700)
         for name, file in chosen.items():
@@ -137,8 +149,7 @@ class _Download:
         into.mkdir()
 
         def count_bytes() -> int:
-            # Downloads may be written elsewhere in the folder first, under a name of the client's choice.
-            num_bytes = sum(path.lstat().st_size for path in into.rglob("*") if path.is_file())
+            num_bytes = bytes_below(into)
             if num_bytes > file.num_bytes:
                 raise ModelRefusedError(f"{file.path} is larger than the registry says")
             self._on_progress("fetching", self._num_done + num_bytes, self._num_expected)
@@ -156,6 +167,19 @@ class _Download:
         path.rename(fetched)
         shutil.rmtree(into)
         return fetched
+
+
+def bytes_below(folder: Path) -> int:
+    """Return what a download has written so far; files come and go meanwhile.
+
+    They may be elsewhere in the folder first, under a name of the client's choice.
+    """
+    num_bytes = 0
+    for path, _folders, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                num_bytes += Path(path, name).lstat().st_size
+    return num_bytes
 
 
 def _read_listing(listing: Listing) -> list[ArtifactFile]:

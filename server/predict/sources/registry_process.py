@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -139,7 +141,10 @@ class RegistryProcess:
 
     def close(self) -> None:
         """End the process; what it is downloading stays incomplete. Idempotent."""
-        self._process.kill()
+        if self._process.poll() is None:
+            # Also what it has started: it leads a session of its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:

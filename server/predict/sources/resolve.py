@@ -11,12 +11,12 @@ from pathlib import Path
 from server.predict.errors import ModelRefusedError
 from server.predict.model import LoadProgress
 from server.predict.options import ModelSpec
-from server.predict.sources.content_cache import ContentCache
+from server.predict.sources.content_cache import DEFAULT_MAX_BYTES, ContentCache
 from server.predict.sources.folder import Identity, SourceFolder, list_folder
 from server.predict.sources.hub import fetch_from_hub
 from server.predict.sources.manifest import NOTHING_KNOWN, verify_files
 from server.predict.sources.names import FolderName, HubName, MlflowName, parse_source
-from server.predict.sources.registry import MlflowRegistry
+from server.predict.sources.registry import FetchedModel, MlflowRegistry
 
 __all__ = ["Sources"]
 
@@ -29,18 +29,25 @@ class Sources:
     """The places that models come from. Any thread."""
 
     def __init__(
-        self, *, model_root: str | None, mlflow_uri: str | None, cache_folder: Path | None = None
+        self,
+        *,
+        model_root: str | None,
+        mlflow_uri: str | None,
+        cache_folder: Path | None = None,
+        cache_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         """``cache_folder``: for what is fetched from MLflow; None: below the user's ``~/.cache``."""
         self._model_root = model_root
         self._mlflow_uri = mlflow_uri
         self._cache_folder = cache_folder
+        self._cache_bytes = cache_bytes
 
     def resolve(self, spec: ModelSpec, *, on_progress: LoadProgress) -> SourceFolder:
         """Find ``spec.source``, fetch it if need be, check it, and compare it with its manifests. Blocks.
 
         Absolute folders are followed: what came over RPC goes through ``check_remote_source`` first. After
-        reading, call :meth:`SourceFolder.check_unchanged`. Raises ``ModelRefusedError``.
+        reading, call :meth:`SourceFolder.check_unchanged`; close it when the model is unloaded. Raises
+        ``ModelRefusedError``, or ``ModelTooLargeError`` where there is no room to fetch it to.
         """
         if spec.source is None:
             raise ModelRefusedError("the model names no source")
@@ -77,22 +84,39 @@ class Sources:
     def _resolve_mlflow(self, name: MlflowName, spec: ModelSpec, on_progress: LoadProgress) -> SourceFolder:
         if self._mlflow_uri is None:
             raise ModelRefusedError("no MLflow registry is configured (--mlflow-uri)")
-        cache = ContentCache(self._cache_folder or Path.home() / ".cache" / "kvserve" / "models")
-        registry = MlflowRegistry(self._mlflow_uri, cache)
+        folder = self._cache_folder or Path.home() / ".cache" / "kvserve" / "models"
+        registry = MlflowRegistry(self._mlflow_uri, ContentCache(folder, max_bytes=self._cache_bytes))
         fetched = registry.fetch(name, on_progress=on_progress)
         try:
-            found = _check(fetched.folder, fetched.folder, "mlflow", on_progress, known=fetched.digests)
+            return _check_fetched(fetched, spec, on_progress)
+        except _DamagedError as error:
+            log.warning("the cached files of model %r are fetched again: %s", spec.name, error.reason)
+        registry.discard(fetched)
+        return _check_fetched(registry.fetch(name, on_progress=on_progress), spec, on_progress)
+
+
+class _DamagedError(ModelRefusedError):
+    """Files that were fetched before are not what they were."""
+
+
+def _check_fetched(fetched: FetchedModel, spec: ModelSpec, on_progress: LoadProgress) -> SourceFolder:
+    """Return what was fetched, checked; it is held by that alone. Raises ``ModelRefusedError``."""
+    path = fetched.folder.path
+    try:
+        try:
+            found = _check(path, path, "mlflow", on_progress, known=fetched.digests)
         except ModelRefusedError as error:
             if fetched.digests:
                 raise
-            log.warning("the cached files of model %r are fetched again: %s", spec.name, error.reason)
-            registry.discard(fetched)
-            fetched = registry.fetch(name, on_progress=on_progress)
-            found = _check(fetched.folder, fetched.folder, "mlflow", on_progress, known=fetched.digests)
+            raise _DamagedError(error.reason) from error
         # Only now the catalogue's digests: if those are wrong, fetching again changes nothing.
         known = {file.identity: file.sha256 for file in found.files if file.sha256 is not None}
         verified = verify_files(found.files, spec.sha256, on_progress=on_progress, known=known)
-        return replace(found, files=verified, notes=(*fetched.notes, *found.notes))
+    except BaseException:
+        fetched.folder.close()
+        raise
+    notes = (*fetched.notes, *found.notes)
+    return replace(found, files=verified, notes=notes, hold=fetched.folder)
 
 
 def _check(

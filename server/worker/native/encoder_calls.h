@@ -42,8 +42,9 @@ kv::EncoderBase* kvn_encoder_new(const kv::EncoderConfig* config) {
   return nullptr;
 }
 // `space` is where the encoder computed: its threads may still be walking the end of the last job.
+// Without `space`: it was freed before, and its threads with it.
 void kvn_encoder_free(kv::EncoderBase* encoder, kv::Workspace* space) {
-  {
+  if (space != nullptr) {
     std::lock_guard<std::mutex> lock(space->pool.caller_mutex());
     space->pool.quiesce();
   }

@@ -242,6 +242,7 @@ class NativeEncoder:
     def close(self) -> None:
         """Free the weights. Waits for a call under way; none may follow."""
         if self._handle is not None:
+            # Of a cycle that is collected the workspace may go first: it has no handle then, nor threads.
             self._library.kvn_encoder_free(self._handle, self.workspace.handle)
             self._handle = None
             self._tables = ()
