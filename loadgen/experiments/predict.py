@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -172,7 +175,65 @@ def measure_features(*, seconds: float, num_loads: int, folder: Path, timeout_s:
         steady = load(*span, "--rate", f"{by_clock * 0.4:.1f}")
         bursts = load(*span, "--burst", "128")
     figures += _latencies("32 features", {"steady, 0.4 of the unary rate": steady, "bursts of 128": bursts})
-    return figures, details | {"steady": steady, "bursts": bursts}
+    more, on_one_core = _measure_on_one_core(seconds=seconds, folder=folder, timeout_s=timeout_s)
+    return [*figures, *more], details | {"steady": steady, "bursts": bursts, "on one core": on_one_core}
+
+
+def _measure_on_one_core(*, seconds: float, folder: Path, timeout_s: float) -> Outcome:
+    """Return what all of the server's processes on one core together answer, and a bare method on one.
+
+    The load runs on the other cores; where there are none, nothing is measured.
+    """
+    cores = sorted(_cores())
+    if len(cores) < 2:
+        return [], {}
+    *others, core = cores
+    floor = run_json(
+        ["loadgen.experiments.bare_grpc", "--seconds", f"{seconds / 2}", "--core", str(core)],
+        timeout_s=timeout_s,
+    )
+    figures = []
+    details: dict[str, object] = {"bare": floor}
+    with contextlib.ExitStack() as stack:
+        with _running_on({core}):
+            server = stack.enter_context(
+                serve("builtin", ["--threads", "1"], log=folder / "one-core.log", timeout_s=timeout_s)
+            )
+        stack.enter_context(_running_on(set(others)))
+        for kind, arguments in (("stream", ["--stream", "--concurrency", "64"]), ("unary", [])):
+            span = ["--features", "32", "--seconds", f"{seconds}", "--warm-up", "0.5"]
+            run = _load(server.target, FEATURES_MODEL, [*span, *arguments], timeout_s)
+            details[kind] = run
+            figures.append(
+                Figure(
+                    experiment="stateful encoder over gRPC",
+                    shape=f"32 features, {kind}, 1 row a request",
+                    name="rows by second, the server's processes on one core",
+                    value=run.calls / run.elapsed_s,
+                    unit="/s",
+                    target=FEATURES_TARGET,
+                    other=floor[f"{kind}_by_clock"],
+                    other_name="/s of a bare method on one core",
+                    note=f"p50 {run.p50_s * 1e3:.1f} ms, p99 {run.p99_s * 1e3:.1f} ms, {run.failed} failed",
+                )
+            )
+    return figures, details
+
+
+def _cores() -> set[int]:
+    """Return the cores that this process may run on; none where that cannot be said."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+@contextlib.contextmanager
+def _running_on(cores: set[int]) -> Iterator[None]:
+    """Keep this thread, and processes that are started in it, on these cores."""
+    before = _cores()
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def measure_first_answer(*, repeats: int, folder: Path, timeout_s: float) -> Outcome:

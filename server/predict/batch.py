@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import msgspec
+
 from server.predict.waiting import Share
 
 __all__ = ["Batch", "BatchCounters", "Turn"]
@@ -13,8 +15,7 @@ __all__ = ["Batch", "BatchCounters", "Turn"]
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch(Generic[KeyT]):
+class Batch(msgspec.Struct, Generic[KeyT], frozen=True):
     """Inputs of one model to be computed together."""
 
     model: Hashable
@@ -26,8 +27,7 @@ class Batch(Generic[KeyT]):
     """Computed for nothing, if every input is padded to the longest: an upper bound."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn(Generic[KeyT]):
+class Turn(msgspec.Struct, Generic[KeyT], frozen=True):
     """What to do now."""
 
     batch: Batch[KeyT] | None

@@ -43,7 +43,6 @@ class OpenCall:
         "is_ended",
         "is_in_use",
         "is_padded",
-        "is_quick",
         "items",
         "key",
         "lease",
@@ -76,8 +75,6 @@ class OpenCall:
         self.is_ended = False
         self.is_padded = False
         """The model's executor pads inputs to the longest."""
-        self.is_quick = False
-        """So cheap that the reader thread may compute it."""
         self.load_s = 0.0
         self.tokenize_s = 0.0
         self.prepared_s = now_s

@@ -1,7 +1,7 @@
 """Computing, a batch at a time over all models: a thread of its own, and the reader where that is quicker.
 
 Waking a thread costs more than a cheap model's batch of a few rows. So the reader thread, when it has handled
-what came together, computes such batches itself (:meth:`ComputeThread.help_out`), if nobody computes and
+what came together, computes such calls itself (:meth:`ComputeThread.help_out`), if nobody computes and
 nothing else waits. Who computes holds the baton: there is never more than one.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 
 from kvcore.clock import Clock
 from server.predict.batch import Batch, Turn
@@ -18,6 +20,8 @@ from server.predict.desk import EXPIRED_REASON, CallDesk
 from server.predict.errors import ExpiredError
 from server.predict.model import PredictModel
 from server.predict.outgoing import Outgoing
+from server.predict.quick import prepare_together
+from server.predict.waiting import Share
 
 __all__ = ["ComputeThread"]
 
@@ -52,21 +56,21 @@ class ComputeThread:
             self._thread.join(JOIN_S)
         return not self._thread.is_alive()
 
-    def help_out(self) -> None:
-        """Compute here and now what is quick, or leave it to the thread. The reader thread."""
+    def help_out(self) -> Sequence[OpenCall]:
+        """Compute quick calls here and now; return those that are to go the long way. The reader thread."""
         desk = self._desk
-        if not desk.num_quick:
-            return
+        if not desk.quick:
+            return ()
         if self._baton.acquire(blocking=False):
             try:
-                while (batch := self._next_quick_batch()) is not None:
-                    self._compute(batch)
+                while desk.quick and (calls := self._take_quick()):
+                    self._compute_quick(calls)
             finally:
                 self._baton.release()
+        if not desk.quick:
+            return ()
         with desk.lock:
-            desk.num_quick = 0
-            if desk.is_waiting and desk.batcher.num_waiting_inputs:
-                desk.work.notify()
+            return desk.quick.take_all()
 
     def _run(self) -> None:
         try:
@@ -74,7 +78,7 @@ class ComputeThread:
                 with self._baton:
                     batch, wait_until_s, num_added = self._next_batch()
                     if batch is not None:
-                        self._compute(batch)
+                        self._compute_and_learn(batch)
                 if batch is None:
                     self._wait(wait_until_s, num_added)
         except Exception as error:
@@ -104,19 +108,39 @@ class ComputeThread:
             desk.flush(out)
         return turn.batch, turn.look_again_s, num_added
 
-    def _next_quick_batch(self) -> Batch[OpenCall] | None:
-        """Return a batch if all that waits is quick."""
+    def _take_quick(self) -> list[OpenCall]:
         desk = self._desk
         out = Outgoing()
         with desk.lock:
-            if not desk.num_quick or desk.batcher.num_waiting_inputs != desk.num_quick:
-                return None
-            batch = self._take_turn(out).batch
-            if batch is not None:
-                desk.num_quick -= batch.num_inputs
+            calls = desk.take_quick(out)
         if out:
             desk.flush(out)
-        return batch
+        return calls
+
+    def _compute_quick(self, calls: list[OpenCall]) -> None:
+        """Prepare and compute calls of one model that are in use."""
+        desk, lease = self._desk, calls[0].lease
+        assert lease is not None
+        faults = prepare_together(lease.model, calls)
+        if faults:
+            out = Outgoing()
+            with desk.lock:
+                for call, error in faults.items():
+                    desk.let_go(call, out)
+                    desk.fail(call, error, out)
+            desk.flush(out)
+            calls = [call for call in calls if call not in faults]
+            if not calls:
+                return
+        now_s = self._clock.now()
+        for call in calls:
+            call.note_prepared(now_s)
+        num_rows = sum(len(call.items) for call in calls)
+        shares = tuple(Share(call, range(len(call.items)), len(call.items)) for call in calls)
+        seconds = self._compute(Batch(calls[0].key, shares, num_rows, num_rows, 0))
+        if seconds is not None:
+            with desk.lock:
+                desk.quick.learn(calls[0].key, num_rows, seconds)
 
     def _take_turn(self, out: Outgoing) -> Turn[OpenCall]:
         """Ask the batcher. Locked."""
@@ -128,7 +152,17 @@ class ComputeThread:
                 share.key.is_in_use = True
         return turn
 
-    def _compute(self, batch: Batch[OpenCall]) -> None:
+    def _compute_and_learn(self, batch: Batch[OpenCall]) -> None:
+        began_s = time.thread_time()
+        seconds = self._compute(batch)
+        if seconds is not None:
+            processor_s = time.thread_time() - began_s
+            with self._desk.lock:
+                self._desk.batcher.done(batch, seconds)
+                self._desk.quick.learn_elsewhere(batch.shares[0].key.key, batch.num_tokens, processor_s)
+
+    def _compute(self, batch: Batch[OpenCall]) -> float | None:
+        """Return how long the model took; None if it failed at first."""
         desk, shares = self._desk, batch.shares
         lease = shares[0].key.lease
         assert lease is not None
@@ -148,8 +182,6 @@ class ComputeThread:
         )
         out = Outgoing()
         with desk.lock:
-            if result.is_clean:
-                desk.batcher.done(batch, seconds)
             desk.stats.count_batch(shares[0].key.key, batch, seconds, num_padding_tokens=num_padding)
             for share, outcome in zip(shares, result.outcomes, strict=True):
                 call = share.key
@@ -163,6 +195,7 @@ class ComputeThread:
                 elif call.put(share.indices, outcome):
                     desk.answer(call, out)
         desk.flush(out)
+        return seconds if result.is_clean else None
 
 
 def _num_padding_tokens(model: PredictModel) -> int | None:

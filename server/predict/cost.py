@@ -17,6 +17,8 @@ __all__ = ["CostModel"]
 
 KEEP = 0.96
 MAX_SURPRISE = 8.0
+ENOUGH_SEEN = 8
+"""Batches from which on a surprise is the machine's rather than the line's."""
 ENOUGH_SPREAD = 0.01
 """Sizes count as different from here on: variance over the squared mean."""
 
@@ -43,7 +45,7 @@ class CostModel:
         self._num_seen += 1
         if self._num_seen == 2:
             self._w = self._x = self._y = self._xx = self._xy = 0.0
-        elif self._num_seen > MAX_SURPRISE:
+        elif self._num_seen > ENOUGH_SEEN:
             seconds = min(seconds, MAX_SURPRISE * self.expected_s(num_tokens))
         self._w = KEEP * self._w + 1.0
         self._x = KEEP * self._x + num_tokens

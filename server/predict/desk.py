@@ -21,6 +21,7 @@ from server.predict.host_stats import HostStats
 from server.predict.messages import FromPredict
 from server.predict.options import PredictOptions
 from server.predict.outgoing import Outgoing
+from server.predict.quick import QuickCalls
 
 __all__ = ["EXPIRED_REASON", "CallDesk"]
 
@@ -54,8 +55,9 @@ class CallDesk:
         """The compute thread has nothing to do, or holds a batch back."""
         self.num_added = 0
         """Calls that were let wait for a batch so far."""
-        self.num_quick = 0
-        """Inputs that the reader thread has let wait without a wake-up, to compute them itself."""
+        self.max_batch_rows = options.max_batch_tokens
+        self.quick = QuickCalls()
+        """What the reader thread is to compute itself, when all is here that came together."""
         self._none_open = threading.Condition(self.lock)
         self._is_closing = False
         self.deadlines: Deadlines[OpenCall] = Deadlines()
@@ -77,7 +79,6 @@ class CallDesk:
         ``wake_by`` is told of its deadline, locked.
         """
         num_tokens = estimate_tokens(call.inputs)
-        out = Outgoing()
         with self.lock:
             if call.call_id in self._calls:
                 log.error("call %d came twice", call.call_id)
@@ -94,12 +95,13 @@ class CallDesk:
                     self.deadlines.add(call, call.deadline_s)
                     wake_by(call.deadline_s)
             except PredictError as error:
+                out = Outgoing()
                 self.fail(call, error, out)
             else:
                 call.num_estimated = num_tokens
                 self._num_estimated += num_tokens
-        if out:
-            self.flush(out)
+                return
+        self.flush(out)
 
     def add_to_batcher(self, call: OpenCall, *, is_padded: bool, out: Outgoing) -> None:
         """Let a call that is prepared wait for its batch; or fail it, if too much does. Locked."""
@@ -120,10 +122,27 @@ class CallDesk:
             self.fail(call, error, out)
             return
         self.num_added += 1
-        if call.is_quick:
-            self.num_quick += len(call.items)
-        elif self.is_waiting:
+        if self.is_waiting:
             self.work.notify()
+
+    def take_quick(self, out: Outgoing) -> list[OpenCall]:
+        """Return quick calls of one model, in use now: a batch; none if anything else waits. Locked."""
+        while self.quick and not self.batcher.num_waiting_inputs:
+            now_s = self._clock.now()
+            calls = []
+            for call in self.quick.take(self.max_batch_rows):
+                if call.is_ended:
+                    continue
+                if call.deadline_s is not None and call.deadline_s <= now_s:
+                    self.fail(call, ExpiredError(EXPIRED_REASON), out)
+                    continue
+                self._num_estimated -= call.num_estimated
+                call.num_estimated = 0
+                call.is_in_use = True
+                calls.append(call)
+            if calls:
+                return calls
+        return []
 
     def cancel(self, call_id: int) -> None:
         """End a call that nobody waits for; unknown ones are ignored."""

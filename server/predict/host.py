@@ -2,7 +2,7 @@
 
 ::
 
-    reader       handle: route, lease --------------+--> rows, few: prepare --.   settle: quick batches
+    reader       handle: route, lease --------------+--> rows, few: prepare --.    settle: quick calls
     loaders      a lease that waited for its load --+                          >-- batcher
     tokenizers                                      '--> prepare, in pieces --'       |
     compute      next batch, run it, answer  <----------------------------------------'
@@ -128,8 +128,9 @@ class PredictHost:
             self._ops.handle(message)
 
     def settle(self) -> None:
-        """Compute what is quick: all messages that came together were handled. The reader thread."""
-        self._compute.help_out()
+        """Compute quick calls: all messages that came together were handled. The reader thread."""
+        for call in self._compute.help_out():
+            self._intake.prepare(call)
 
     def close(self, *, drain_s: float = 0.0) -> None:
         """Refuse new calls, let open ones finish for so long, fail the rest, end all threads. Idempotent."""

@@ -2,8 +2,9 @@
 
 ::
 
-    open --> route --> lease --+ loaded: at once, on the reader thread  +--> a few rows: prepared here
-                               ' else: later, on a loader thread        '--> else: by tokenizers, in pieces
+    open --> route --> lease --+ loaded: at once, on the reader thread  +--> quick: left for it to settle
+                               ' else: later, on a loader thread        +--> a few rows: prepared here
+                                                                        '--> else: by tokenizers, in pieces
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ __all__ = ["Intake"]
 
 MAX_INLINE_ROWS = 64
 """Up to so many rows are prepared by the thread that brings them: handing them on would take longer."""
-QUICK_S = 0.001
-"""Calls that are expected to take less may be computed by the thread that brings them."""
 PADDING_EXECUTOR = "transformers"
 
 
@@ -59,6 +58,7 @@ class Intake:
         self._max_inputs = max_inputs
         self._wake_by = wake_by
         self._is_settled = is_settled
+        self._max_quick_rows = min(MAX_INLINE_ROWS, desk.max_batch_rows)
         self._reader: int | None = None
         self._draw = random.Random(seed)  # noqa: S311 - shares of traffic are no secret
         self._tokenizers = TokenizerPool(num_tokenizer_threads, self._prepare_piece)
@@ -91,6 +91,10 @@ class Intake:
         except Exception as error:  # noqa: BLE001 - as above
             self._desk.fail_now(call, error)
 
+    def prepare(self, call: OpenCall) -> None:
+        """Prepare a call that was quick after all, and let it wait for the compute thread."""
+        self._prepare_piece(call)
+
     def _leased(self, call: OpenCall, answer: ModelLease | PredictError) -> None:
         if isinstance(answer, PredictError):
             self._desk.fail_now(call, answer)
@@ -109,12 +113,23 @@ class Intake:
             self._desk.fail_now(call, error)
             return
         call.is_padded = info.executor == PADDING_EXECUTOR
-        if info.task is Task.FEATURES and call.inputs.num_rows <= MAX_INLINE_ROWS:
-            # What a loader thread brings nobody settles.
-            call.is_quick = self._is_settled and threading.get_ident() == self._reader
-            self._prepare_piece(call)
-        else:
+        if info.task is not Task.FEATURES or call.inputs.num_rows > MAX_INLINE_ROWS:
             self._tokenizers.put(call)
+            return
+        with self._desk.lock:
+            is_quick = self._is_quick(call)
+            if is_quick:
+                self._desk.quick.add(call)
+        if not is_quick:
+            self._prepare_piece(call)
+
+    def _is_quick(self, call: OpenCall) -> bool:
+        """Say whether the thread that brings a call may compute it. Locked."""
+        num_rows = call.inputs.num_rows
+        # What a loader thread brings nobody settles.
+        if not self._is_settled or threading.get_ident() != self._reader or num_rows > self._max_quick_rows:
+            return False
+        return self._desk.quick.is_quick(call.key, num_rows)
 
     def _prepare_piece(self, call: OpenCall) -> bool:
         """Prepare some of a call's inputs; return whether there are more. Any thread."""
@@ -136,9 +151,6 @@ class Intake:
             if error is not None:
                 desk.fail(call, error, out)
             elif is_complete and not call.is_ended:
-                if call.is_quick:
-                    expected_s = desk.batcher.expected_s(call.key, len(call.items))
-                    call.is_quick = 0 < expected_s < QUICK_S
                 desk.add_to_batcher(call, is_padded=call.is_padded, out=out)
         if out:
             desk.flush(out)

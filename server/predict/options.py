@@ -19,6 +19,7 @@ A catalogue file is a YAML mapping with a list ``models``; each entry is a :clas
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 import msgspec
 
@@ -42,6 +43,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("auto", "native", "transformers")
 PLAIN_NAME_TEXT = "1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or digit"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+# What the link can carry, in 64 bits.
+Size = Annotated[int, msgspec.Meta(le=2**63 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 def is_plain_name(name: str) -> bool:
@@ -80,8 +85,8 @@ class FeatureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """K: the key is the first K features of a row; the encoder's output is reused for rows that share it."""
     bin_width: float = 0.0
     """Features of the key are rounded to multiples of it; 0: exact."""
-    max_entries: int = 100_000
-    max_bytes: int = 256 << 20
+    max_entries: Size = 100_000
+    max_bytes: Size = 256 << 20
     """For the entries of each policy; whichever of the two is less."""
     lifetime_s: float | None = 60.0
     """TTL of an encoding; None: none. It adapts between the two below."""
@@ -93,7 +98,7 @@ class FeatureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_error: float | None = None
     """With a number: reuse only where the certificate bounds the prediction's error by it."""
     canaries: tuple[CanarySpec, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SemanticSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,10 +108,10 @@ class SemanticSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Name of the served model with the task "embed" that says how similar texts are."""
     max_error_rate: float = 0.01
     """Share of reused responses that may be other than the fresh ones; the threshold is set to hold it."""
-    max_entries: int = 10_000
+    max_entries: Size = 10_000
     lifetime_s: float | None = 3600.0
     sample_share: float = 0.05
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -170,6 +175,10 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     """For loaded models; None: half of what is free at the start."""
     max_models: int | None = None
     mlflow_uri: str | None = None
+    download_folder: str | None = None
+    """Where models fetched from MLflow are kept; None: below the user's ``~/.cache``."""
+    download_bytes: int = 64 << 30
+    """Budget of that folder."""
     device: str = "auto"
     num_threads: int | None = None
     """None: one less than the cores that the process may use."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Generic, TypeVar
+
+import msgspec
 
 __all__ = ["Ring", "Share", "WaitingCall"]
 
@@ -35,8 +36,7 @@ _NONE: list[int] = []
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
-@dataclass(frozen=True, slots=True)
-class Share(Generic[KeyT]):
+class Share(msgspec.Struct, Generic[KeyT], frozen=True):
     """What of one call is in a batch."""
 
     key: KeyT

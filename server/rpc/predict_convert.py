@@ -7,9 +7,10 @@ Vectors are copied as bytes; only what a person reads is taken apart.
 
 from __future__ import annotations
 
+import asyncio
 import struct
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from server.rpc.errors import ResponseTooLarge
 from server.rpc.predict_read import PredictAsk
 from server.rpc.wire import varint
 
-__all__ = ["embed_response_of", "model_of", "response_of"]
+__all__ = ["model_of", "write_embed_response", "write_response"]
 
 _TASKS = {
     Task.CLASSIFY: pb.PREDICT_TASK_CLASSIFY,
@@ -40,9 +41,16 @@ _LABEL_THRESHOLD = 0.5
 """Of a multi-label model."""
 _MIN_SCORE_BYTES = 9
 """Of one ``LabelScore`` on the wire, its label apart."""
+_PIECE_MESSAGES = 256
+"""So many are written at once: about a millisecond."""
+_FLOAT = np.dtype("<f4")
+_unpack_float = struct.Struct("<f").unpack
+
+_Write = Callable[[pb.Prediction, Output], int]
 
 
-def response_of(
+async def write_response(
+    response: pb.PredictResponse,
     ask: PredictAsk,
     answer: PredictAnswer,
     info: ModelInfo | None,
@@ -50,45 +58,48 @@ def response_of(
     model: str,
     total_s: float,
     max_bytes: int,
-) -> pb.PredictResponse:
-    """Return the answer to ``Predict``. ``info``: of the version that answered; not needed for features.
+) -> None:
+    """Write the answer to ``Predict``. ``info``: of the version that answered; not needed for features.
 
-    Raises :class:`ResponseTooLarge`; for the largest answers before they are built.
+    Into an empty message, which may be part of a larger one: copying a message costs as much as writing it.
+    A large answer is written in pieces, between which the event loop does other work.
+
+    Raises :class:`ResponseTooLarge`; for the largest answers before they are written.
     """
     outputs = answer.outputs
-    if info is None:
-        predictions = [_features_of(output) for output in outputs]
-    elif info.task is Task.CLASSIFY:
-        predictions = _classifications_of(outputs, info, ask.top_k, max_bytes=max_bytes)
-    elif info.task is Task.CLASSIFY_TOKENS:
-        predictions = [_tokens_of(output, info.labels) for output in outputs]
-    elif info.task is Task.REGRESS:
-        predictions = [_numbers_of(output, "regression") for output in outputs]
-    else:
-        predictions = [_numbers_of(output, "embedding") for output in outputs]
-    return pb.PredictResponse(
-        request_id=ask.request_id,
-        model=model,
-        version=answer.version,
-        policy=_policy_of(outputs),
-        predictions=predictions,
-        timings=_timings_of(answer.stats, total_s),
-    )
+    write = _writer(ask, info, num_outputs=len(outputs), max_bytes=max_bytes)
+    response.request_id = ask.request_id
+    response.model = model
+    response.version = answer.version
+    response.policy = _policy_of(outputs)
+    _write_timings(response.timings, answer.stats, total_s)
+    predictions = response.predictions
+    num_messages = 0
+    for output in outputs:
+        if num_messages >= _PIECE_MESSAGES:
+            num_messages = 0
+            await asyncio.sleep(0)
+        prediction = predictions.add()
+        prediction.num_tokens = output.num_tokens
+        prediction.truncated = output.truncated
+        prediction.cache_hit = output.cache_hit
+        num_messages += write(prediction, output)
 
 
-def embed_response_of(
-    ask: PredictAsk, answer: PredictAnswer, *, model: str, total_s: float
-) -> pb.EmbedResponse:
-    """Return the answer to ``Embed``."""
-    return pb.EmbedResponse(
-        request_id=ask.request_id,
-        model=model,
-        version=answer.version,
-        vectors=[pb.Vector.FromString(_packed(output.values)) for output in answer.outputs],
-        num_tokens=sum(output.num_tokens for output in answer.outputs),
-        num_truncated=sum(output.truncated for output in answer.outputs),
-        timings=_timings_of(answer.stats, total_s),
-    )
+async def write_embed_response(
+    response: pb.EmbedResponse, ask: PredictAsk, answer: PredictAnswer, *, model: str, total_s: float
+) -> None:
+    """Write the answer to ``Embed``, as :func:`write_response` does."""
+    response.request_id = ask.request_id
+    response.model = model
+    response.version = answer.version
+    _write_timings(response.timings, answer.stats, total_s)
+    for index, output in enumerate(answer.outputs, 1):
+        response.vectors.add().MergeFromString(_packed(output.values))
+        response.num_tokens += output.num_tokens
+        response.num_truncated += output.truncated
+        if index % _PIECE_MESSAGES == 0:
+            await asyncio.sleep(0)
 
 
 def model_of(status: ModelStatus) -> pb.PredictModel:
@@ -121,44 +132,47 @@ def model_of(status: ModelStatus) -> pb.PredictModel:
     return model
 
 
-def _features_of(output: Output) -> pb.Prediction:
-    (prediction,) = struct.unpack("<f", output.values)
-    return pb.Prediction(
-        features=pb.FeaturePrediction(prediction=prediction),
-        num_tokens=output.num_tokens,
-        cache_hit=output.cache_hit,
-    )
+def _writer(ask: PredictAsk, info: ModelInfo | None, *, num_outputs: int, max_bytes: int) -> _Write:
+    """Return what writes an output, and says how many messages it took."""
+    if info is None:
+        return _write_features
+    if info.task is Task.CLASSIFY:
+        _check_scores(info.labels, num_outputs, ask.top_k, max_bytes)
+        return partial(_write_classification, info, ask.top_k)
+    if info.task is Task.CLASSIFY_TOKENS:
+        return partial(_write_tokens, info.labels)
+    return _write_regression if info.task is Task.REGRESS else _write_embedding
 
 
-def _classifications_of(
-    outputs: Sequence[Output], info: ModelInfo, top_k: int, *, max_bytes: int
-) -> list[pb.Prediction]:
-    labels = info.labels
+def _write_features(prediction: pb.Prediction, output: Output) -> int:
+    (prediction.features.prediction,) = _unpack_float(output.values)
+    return 1
+
+
+def _check_scores(labels: tuple[str, ...], num_outputs: int, top_k: int, max_bytes: int) -> None:
     num_scores = min(top_k, len(labels)) or len(labels)
-    if len(outputs) * num_scores * (_MIN_SCORE_BYTES + min(map(len, labels))) > max_bytes:
+    if num_outputs * num_scores * (_MIN_SCORE_BYTES + min(map(len, labels))) > max_bytes:
         raise ResponseTooLarge("the answer exceeds the server's message limit; ask for fewer labels (top_k)")
-    table = np.frombuffer(b"".join(output.values for output in outputs), "<f4")
-    table = table.reshape(len(outputs), len(labels))
-    best = table.argmax(axis=1).tolist()
-    predictions = []
-    for output, scores, first in zip(outputs, table, best, strict=True):
-        likely = np.flatnonzero(scores >= _LABEL_THRESHOLD).tolist() if info.multi_label else ()
-        prediction = _prediction(
-            output,
-            classification=pb.Classification(
-                label=labels[first], score=scores[first], labels=[labels[i] for i in likely]
-            ),
-        )
-        classification = prediction.classification
-        if top_k == 1:
-            classification.scores.add(label=labels[first], score=scores[first])
-        else:
-            order: Sequence[int] = range(len(labels))
-            if top_k:  # equal scores in the model's order
-                order = np.argsort(-scores, kind="stable")[:top_k].tolist()
-            classification.MergeFromString(_scores_wire(labels, output.values, order))
-        predictions.append(prediction)
-    return predictions
+
+
+def _write_classification(info: ModelInfo, top_k: int, prediction: pb.Prediction, output: Output) -> int:
+    labels = info.labels
+    scores = np.frombuffer(output.values, _FLOAT)
+    first = int(scores.argmax())
+    classification = prediction.classification
+    classification.label = labels[first]
+    classification.score = scores.item(first)
+    if info.multi_label:
+        likely = np.flatnonzero(scores >= _LABEL_THRESHOLD).tolist()
+        classification.labels.extend([labels[i] for i in likely])
+    if top_k == 1:
+        classification.scores.add(label=labels[first], score=scores.item(first))
+        return 1
+    order: Sequence[int] = range(len(labels))
+    if top_k:  # equal scores in the model's order
+        order = np.argsort(-scores, kind="stable")[:top_k].tolist()
+    classification.MergeFromString(_scores_wire(labels, output.values, order))
+    return len(order)
 
 
 def _scores_wire(labels: tuple[str, ...], values: bytes, order: Sequence[int]) -> bytes:
@@ -178,30 +192,28 @@ def _score_heads(labels: tuple[str, ...]) -> list[bytes]:
     return heads
 
 
-def _tokens_of(output: Output, labels: Sequence[str]) -> pb.Prediction:
-    scores = np.frombuffer(output.values, "<f4").tolist()
-    tokens = [
-        pb.TokenLabel(label=labels[label], score=score, start=start, end=end, part=part)
-        for (label, start, end, part), score in zip(output.tokens, scores, strict=True)
-    ]
-    return _prediction(output, tokens=pb.TokenClassification(tokens=tokens))
+def _write_tokens(labels: Sequence[str], prediction: pb.Prediction, output: Output) -> int:
+    scores = np.frombuffer(output.values, _FLOAT).tolist()
+    tokens = prediction.tokens
+    tokens.SetInParent()  # also where there are none
+    for (label, start, end, part), score in zip(output.tokens, scores, strict=True):
+        tokens.tokens.add(label=labels[label], score=score, start=start, end=end, part=part)
+    return 1 + len(scores)
 
 
-def _numbers_of(output: Output, field: str) -> pb.Prediction:
-    prediction = _prediction(output)
-    target: pb.Vector | pb.Regression = getattr(prediction, field)
+def _write_regression(prediction: pb.Prediction, output: Output) -> int:
+    _write_numbers(prediction.regression, output)
+    return 1
+
+
+def _write_embedding(prediction: pb.Prediction, output: Output) -> int:
+    _write_numbers(prediction.embedding, output)
+    return 1
+
+
+def _write_numbers(target: pb.Vector | pb.Regression, output: Output) -> None:
     target.MergeFromString(_packed(output.values))
     target.SetInParent()  # also where there are no numbers
-    return prediction
-
-
-def _prediction(output: Output, **fields: object) -> pb.Prediction:
-    return pb.Prediction(
-        num_tokens=output.num_tokens,
-        truncated=output.truncated,
-        cache_hit=output.cache_hit,
-        **fields,  # type: ignore[arg-type]
-    )
 
 
 def _packed(values: bytes) -> bytes:
@@ -216,13 +228,11 @@ def _policy_of(outputs: Sequence[Output]) -> str:
     return ",".join(dict.fromkeys(output.policy for output in outputs if output.policy))
 
 
-def _timings_of(stats: CallStats, total_s: float) -> pb.PredictTimings:
-    return pb.PredictTimings(
-        load_s=stats.load_s,
-        tokenize_s=stats.tokenize_s,
-        queue_s=stats.queue_s,
-        compute_s=stats.compute_s,
-        total_s=total_s,
-        batch_size=stats.batch_size,
-        batch_tokens=stats.batch_tokens,
-    )
+def _write_timings(timings: pb.PredictTimings, stats: CallStats, total_s: float) -> None:
+    timings.load_s = stats.load_s
+    timings.tokenize_s = stats.tokenize_s
+    timings.queue_s = stats.queue_s
+    timings.compute_s = stats.compute_s
+    timings.total_s = total_s
+    timings.batch_size = stats.batch_size
+    timings.batch_tokens = stats.batch_tokens

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
@@ -26,13 +27,12 @@ from server.rpc.call import Call, current_call
 from server.rpc.errors import (
     DeadlinePassed,
     InvalidArgument,
-    NotSupported,
     RequestIdInUse,
     ResponseTooLarge,
     Unavailable,
 )
 from server.rpc.model_infos import ModelInfos
-from server.rpc.predict_errors import error_from_predict
+from server.rpc.predict_errors import error_from_predict, predict_is_off
 from server.rpc.predict_read import PredictAsk, read_embed, read_model_request, read_predict
 from server.rpc.predict_stream import PredictStream
 from server.rpc.receiving import RequestStream
@@ -103,20 +103,18 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         call = current_call.get()
         ask = read_predict(request, max_inputs=self._limits.max_inputs)
         claim = self._claim(call, ask)
+        response = pb.PredictResponse()
         try:
-            return await self._predict(call, ask, call.received_s)
+            await self._predict(call, ask, call.received_s, response)
         finally:
             self._request_ids.discard(claim)
+        return response
 
     async def StreamPredict(self, requests: RequestStream, context: Context) -> None:  # noqa: N802
         """Answer any number of requests, each as it is ready."""
         self._check_taking_requests()
         self._backend  # noqa: B018 - there is one, or this call ends here
-        call = current_call.get()
-
-        async def answer(ask: PredictAsk, received_s: float) -> pb.PredictResponse:
-            return await self._predict(call, ask, received_s)
-
+        answer = partial(self._predict, current_call.get())
         stream = PredictStream(answer, max_inputs=self._limits.max_inputs)
         self._streams.add(stream)
         try:
@@ -132,7 +130,8 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
         try:
             model, answer = await self._compute(call, ask)
             total_s = time.perf_counter() - call.received_s
-            response = convert.embed_response_of(ask, answer, model=model, total_s=total_s)
+            response = pb.EmbedResponse()
+            await convert.write_embed_response(response, ask, answer, model=model, total_s=total_s)
             self._check_size(response)
             self._answered(Task.EMBED, model, answer, total_s)
             return response
@@ -156,20 +155,24 @@ class PredictService(predict_pb2_grpc.PredictServiceServicer):
     @property
     def _backend(self) -> PredictBackend:
         if self._maybe_backend is None:
-            raise NotSupported("this server serves no predict models")
+            raise predict_is_off()
         return self._maybe_backend
 
-    async def _predict(self, call: Call, ask: PredictAsk, received_s: float) -> pb.PredictResponse:
+    async def _predict(
+        self, call: Call, ask: PredictAsk, received_s: float, response: pb.PredictResponse
+    ) -> None:
+        """Write the answer into ``response``, which is empty."""
         model, answer = await self._compute(call, ask)
         info = None
         if ask.inputs.texts and self._infos is not None:
             info = await self._infos.of(model, answer.version)
         total_s = time.perf_counter() - received_s
         max_bytes = self._limits.max_message_bytes
-        response = convert.response_of(ask, answer, info, model=model, total_s=total_s, max_bytes=max_bytes)
+        await convert.write_response(
+            response, ask, answer, info, model=model, total_s=total_s, max_bytes=max_bytes
+        )
         self._check_size(response)
         self._answered(Task.FEATURES if info is None else info.task, model, answer, total_s)
-        return response
 
     async def _compute(self, call: Call, ask: PredictAsk) -> tuple[str, PredictAnswer]:
         """Return the model's name and its answer."""

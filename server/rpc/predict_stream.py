@@ -32,7 +32,7 @@ from server.rpc.stream_writer import StreamWriter
 __all__ = ["MAX_OPEN_REQUESTS", "PredictStream"]
 
 Context = aio.ServicerContext[Any, Any]
-Answer = Callable[[PredictAsk, float], Awaitable[pb.PredictResponse]]
+Answer = Callable[[PredictAsk, float, pb.PredictResponse], Awaitable[None]]
 
 MAX_OPEN_REQUESTS = 256
 
@@ -48,7 +48,10 @@ class PredictStream:
     """Made for one call; ``run`` it once. Event loop only."""
 
     def __init__(self, answer: Answer, *, max_inputs: int, max_requests: int = MAX_OPEN_REQUESTS) -> None:
-        """``answer`` takes a request and when it came; ``max_inputs``: of one, and of all that are open."""
+        """``answer`` takes a request, when it came, and the message to write the answer into.
+
+        ``max_inputs``: of one request, and of all that are open.
+        """
         self._answer = answer
         self._max_inputs = max_inputs
         self._max_requests = max_requests
@@ -90,7 +93,8 @@ class PredictStream:
     async def _read(self, requests: RequestStream, group: asyncio.TaskGroup) -> None:
         async for request in requests:
             self._accept(request, requests.fault, group)
-            await self._room.wait()
+            if not self._room.is_set():
+                await self._room.wait()
 
     def _note_all_read(self, _reader: asyncio.Task[None]) -> None:
         self._is_all_read = True
@@ -124,8 +128,8 @@ class PredictStream:
     async def _carry_out(self, ask: PredictAsk, received_s: float) -> None:
         response = pb.StreamPredictResponse(request_id=ask.request_id)
         try:
-            response.response.CopyFrom(await self._answer(ask, received_s))
-        except CallError as error:
+            await self._answer(ask, received_s, response.response)
+        except CallError as error:  # whatever is already written gives way to it
             response.error.CopyFrom(error_message(error))
         except Exception as error:  # noqa: BLE001 - this request fails, the stream does not
             response.error.CopyFrom(error_message(internal_error(error, request_id=ask.request_id)))

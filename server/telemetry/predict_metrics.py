@@ -5,48 +5,45 @@ Labels ``model`` and ``version`` are those of the catalogue, whose size is bound
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.predict.interface import PredictBackend, PredictState
 from server.predict.messages import CallStats, ModelStats, PolicyReport, PredictStats, RiskReport, Task
+from server.telemetry.buckets import Buckets
 
 __all__ = ["PredictCollector", "PredictMetrics"]
 
 _CALL_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+_BATCH = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 4096.0)
+_LABELS = ("model", "version", "task")
 
 Samples = Sequence[tuple[tuple[str, ...], float]]
 
 
-class PredictMetrics:
-    """What the front end sees of predict calls that were answered. Event loop only."""
+class _Answers:
+    """What was answered by one version of a model for one task. Plain numbers: calls are many and small."""
+
+    __slots__ = ("batch_size", "created_s", "latency_s", "num_hits", "num_inputs", "num_tokens", "queue_s")
+
+    def __init__(self) -> None:
+        self.num_inputs = self.num_tokens = self.num_hits = 0
+        self.latency_s, self.queue_s = Buckets(_CALL_S), Buckets(_CALL_S)
+        self.batch_size = Buckets(_BATCH)
+        self.created_s = time.time()
+
+
+class PredictMetrics(Collector):
+    """What the front end sees of predict calls that were answered. Event loop only; scraped by any thread."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str) -> Counter:
-            labels = ["model", "version", "task"]
-            return Counter(f"kvserve_predict_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            labels = ["model", "version", "task"]
-            return Histogram(f"kvserve_predict_{name}", text, labels, buckets=buckets, registry=registry)
-
-        self._counters = (
-            counter("inputs", "Inputs answered."),
-            counter("tokens", "Tokens of these inputs."),
-            counter("cache_hits", "Inputs for which something was reused."),
-        )
-        self._histograms = (
-            histogram("latency_seconds", "From the whole request to its answer.", _CALL_S),
-            histogram("queue_seconds", "Waiting for a batch.", _CALL_S),
-            histogram("batch_size", "Inputs in a call's largest batch.", _BATCH),
-        )
-        # Finding a labelled child costs more than adding to it.
-        self._children: dict[tuple[str, str, Task], tuple[list[Counter], list[Histogram]]] = {}
+        self._answers: dict[tuple[str, str, str], _Answers] = {}
+        registry.register(self)
 
     def answered(
         self,
@@ -61,20 +58,41 @@ class PredictMetrics:
         total_s: float,
     ) -> None:
         """Note an answer."""
-        children = self._children.get((model, version, task))
-        if children is None:
-            labels = (model, version, task.value)
-            children = self._children[model, version, task] = (
-                [counter.labels(*labels) for counter in self._counters],
-                [histogram.labels(*labels) for histogram in self._histograms],
-            )
-        for counter, value in zip(children[0], (num_inputs, num_tokens, num_hits), strict=True):
-            if value:
-                counter.inc(value)
-        for histogram, seen in zip(
-            children[1], (total_s, stats.queue_s, float(stats.batch_size)), strict=True
+        labels = (model, version, task.value)
+        answers = self._answers.get(labels)
+        if answers is None:
+            answers = self._answers[labels] = _Answers()
+        answers.num_inputs += num_inputs
+        answers.num_tokens += num_tokens
+        answers.num_hits += num_hits
+        answers.latency_s.observe(total_s)
+        answers.queue_s.observe(stats.queue_s)
+        answers.batch_size.observe(stats.batch_size)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they stand."""
+        rows = list(self._answers.items())
+        for name, text, field in (
+            ("inputs", "Inputs answered.", "num_inputs"),
+            ("tokens", "Tokens of these inputs.", "num_tokens"),
+            ("cache_hits", "Inputs for which something was reused.", "num_hits"),
         ):
-            histogram.observe(seen)
+            counter = CounterMetricFamily(f"kvserve_predict_{name}", text, labels=_LABELS)
+            for labels, answers in rows:
+                counter.add_metric(labels, getattr(answers, field), created=answers.created_s)
+            yield counter
+        for name, text, field in (
+            ("latency_seconds", "From the whole request to its answer.", "latency_s"),
+            ("queue_seconds", "Waiting for a batch.", "queue_s"),
+            ("batch_size", "Inputs in a call's largest batch.", "batch_size"),
+        ):
+            histogram = HistogramMetricFamily(f"kvserve_predict_{name}", text, labels=_LABELS)
+            for labels, answers in rows:
+                buckets: Buckets = getattr(answers, field)
+                histogram.add_metric(labels, buckets.cumulative(), buckets.total)
+                created = dict(zip(_LABELS, labels, strict=True))
+                histogram.add_sample(f"kvserve_predict_{name}_created", created, answers.created_s)
+            yield histogram
 
 
 class PredictCollector(Collector):

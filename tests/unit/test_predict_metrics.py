@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from server.predict.interface import PredictState
 from server.predict.messages import (
@@ -124,3 +124,37 @@ def test_answers_are_counted_by_model_version_and_task() -> None:
     assert value("latency_seconds_count") == 2
     assert value("latency_seconds_bucket", le="0.01") == 0
     assert value("batch_size_bucket", le="8.0") == 2
+
+
+def test_answers_are_scraped_as_counters_and_histograms_with_a_beginning() -> None:
+    """Dashboards know these names and bounds; without answers there are no samples."""
+    registry = CollectorRegistry()
+    metrics = PredictMetrics(registry)
+    assert not [sample for metric in registry.collect() for sample in metric.samples]
+    metrics.answered(
+        Task.FEATURES,
+        "f",
+        "2",
+        num_inputs=1,
+        num_tokens=0,
+        num_hits=0,
+        stats=CallStats(queue_s=0.3, batch_size=5000),
+        total_s=100.0,
+    )
+    lines = generate_latest(registry).decode().splitlines()
+    labels = 'model="f",task="features",version="2"'
+    for line in (
+        "# TYPE kvserve_predict_inputs_total counter",
+        f"kvserve_predict_tokens_total{{{labels}}} 0.0",
+        "# TYPE kvserve_predict_latency_seconds histogram",
+        f'kvserve_predict_latency_seconds_bucket{{le="60.0",{labels}}} 0.0',
+        f'kvserve_predict_latency_seconds_bucket{{le="+Inf",{labels}}} 1.0',
+        f"kvserve_predict_latency_seconds_sum{{{labels}}} 100.0",
+        f'kvserve_predict_queue_seconds_bucket{{le="0.25",{labels}}} 0.0',
+        f'kvserve_predict_queue_seconds_bucket{{le="0.5",{labels}}} 1.0',
+        f'kvserve_predict_batch_size_bucket{{le="4096.0",{labels}}} 0.0',
+        f"kvserve_predict_batch_size_count{{{labels}}} 1.0",
+    ):
+        assert line in lines
+    for name in ("inputs", "latency_seconds", "batch_size"):
+        assert any(line.startswith(f"kvserve_predict_{name}_created{{") for line in lines)

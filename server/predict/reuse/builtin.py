@@ -12,7 +12,7 @@ known and not estimated (``Layers.gains``), which is what the certificate lives 
 
 The same bits for every batch size and in every run: weights come from raw 64-bit draws of PCG64 (its stream
 is fixed; what NumPy makes of one may change between versions), are small multiples of powers of two, and
-products are computed in tiles of 4 rows, padded, because a matrix product's rounding depends on its shape.
+products are computed row by row, because a matrix product's rounding depends on its shape.
 Arithmetic is float64, the encoding is rounded to float32 once: it costs twice the time of float32, and makes
 the certificate's share for rounding 1e-5 instead of several hundredths.
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from server.predict.reuse.certificate import SmoothCertificate
-from server.predict.reuse.layers import Layers, to_tiles
+from server.predict.reuse.layers import Layers, one_by_one
 from server.predict.reuse.predictor import Floats, Predictor, Singles
 
 __all__ = ["BUILTIN_SEED", "BuiltinEncoder", "LinearHead", "make_builtin"]
@@ -46,8 +46,7 @@ class BuiltinEncoder:
         out = np.empty((len(rows), NUM_DIMENSIONS), np.float32)
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            encoded = self.layers.forward(to_tiles(part))
-            out[start : start + CHUNK] = encoded.reshape(-1, NUM_DIMENSIONS)[: len(part)]
+            out[start : start + CHUNK] = self.layers.forward(one_by_one(part))[:, 0]
         return out
 
 

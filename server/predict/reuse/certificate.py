@@ -36,7 +36,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from server.predict.reuse.layers import Layers, to_tiles
+from server.predict.reuse.layers import Layers, one_by_one
 from server.predict.reuse.predictor import Floats, Singles
 
 __all__ = ["SmoothCertificate"]
@@ -69,7 +69,7 @@ class SmoothCertificate:
         self._rounding = 2.0 * length * longest * SINGLE * (1 + 1e-6) + 1e-9
 
     def anchors(self, rows: Singles) -> Floats:
-        hidden = self._layers.hidden(to_tiles(rows))
+        hidden = self._layers.hidden(one_by_one(rows))
         sensitivities, gradient = self._layers.sensitivities(hidden, self._direction)
         square, cube, grows = (np.zeros(gradient.shape[:2]) for _ in range(3))
         # ``grows``: |change of c_l| for each unit of r
@@ -79,8 +79,7 @@ class SmoothCertificate:
             square += bend * largest
             cube += bend * grows
             grows = self._layers.gains[layer] * (grows + largest * BEND * self._reach[layer])
-        found = np.concatenate([gradient, square[..., None], cube[..., None]], axis=2)
-        anchors: Floats = found.reshape(-1, found.shape[2])[: len(rows)]
+        anchors: Floats = np.concatenate([gradient, square[..., None], cube[..., None]], axis=2)[:, 0]
         return anchors
 
     def bounds(self, anchors: Floats, cached: Singles, encodings: Singles, rows: Singles) -> Floats:

@@ -27,7 +27,7 @@ from server.predict.reuse.keys import KeyNames, KeyRule, shares_of
 from server.predict.reuse.policy import Outcome, PolicySettings, ReusePolicy
 from server.predict.reuse.predictor import Predictor, Singles
 from server.predict.reuse.store import OVERHEAD_BYTES
-from server.predict.reuse.turn import Answer, FeatureRow, Pass
+from server.predict.reuse.turn import FeatureRow, Pass
 
 __all__ = ["FeatureModel"]
 
@@ -94,34 +94,36 @@ class FeatureModel:
         if inputs.texts:
             raise WrongTaskError("the model takes rows of features, not texts")
         rows = self._read(inputs)
+        size = rows.strides[0]
+        values = [inputs.rows[start : start + size] for start in range(0, len(inputs.rows), size)]
         if not reuse:
-            return [Prepared(1, FeatureRow(row, None, b""), reuse=False, tenant=tenant) for row in rows]
+            return [Prepared(1, FeatureRow(row, None, b""), reuse=False, tenant=tenant) for row in values]
         if len(self._policies) == 1:
             main = self._policies[0]
             own = main.settings.rule.keys(rows, tenant)
             return [
                 Prepared(1, FeatureRow(row, main, key), tenant=tenant)
-                for row, key in zip(rows, own, strict=True)
+                for row, key in zip(values, own, strict=True)
             ]
         policies = self._route(rows)
         keys = {policy: policy.settings.rule.keys(rows, tenant) for policy in dict.fromkeys(policies)}
         return [
             Prepared(1, FeatureRow(row, policy, keys[policy][number]), tenant=tenant)
-            for number, (row, policy) in enumerate(zip(rows, policies, strict=True))
+            for number, (row, policy) in enumerate(zip(values, policies, strict=True))
         ]
 
     def run(self, batch: Sequence[Prepared]) -> list[Output]:
         rows: list[FeatureRow] = [prepared.payload for prepared in batch]
-        answers: list[Answer | None] = [None] * len(rows)
+        outputs: list[Output | None] = [None] * len(rows)
         places = list(range(len(rows)))
         waits = len(rows) > 1
         try:
             while places:
-                waiting = self._answer(rows, places, answers, waits=waits)
+                waiting = self._answer(rows, places, outputs, waits=waits)
                 waits, places = False, waiting
         finally:
             self._events.empty()
-        return [_output(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
+        return [output for output in outputs if output is not None]
 
     def close(self) -> None:
         """Forget everything that is kept."""
@@ -158,7 +160,7 @@ class FeatureModel:
             )
         rows: Singles = np.frombuffer(inputs.rows, "<f4").reshape(inputs.num_rows, expected)
         finite = np.isfinite(rows)
-        if not np.logical_and.reduce(finite, axis=None):
+        if np.count_nonzero(finite) < rows.size:
             row, column = (int(each[0]) for each in np.nonzero(~finite))
             raise InputError("a feature is a finite number", index=row, part=f"values[{column}]")
         return rows
@@ -178,7 +180,7 @@ class FeatureModel:
         return chosen
 
     def _answer(
-        self, rows: list[FeatureRow], places: list[int], answers: list[Answer | None], *, waits: bool
+        self, rows: list[FeatureRow], places: list[int], outputs: list[Output | None], *, waits: bool
     ) -> list[int]:
         """Answer the rows at these places but those that wait for others of them; return where these are."""
         together = Pass(rows if len(places) == len(rows) else [rows[place] for place in places])
@@ -204,8 +206,8 @@ class FeatureModel:
             answered = [place for number, place in enumerate(places) if number not in late]
         else:
             answered = places
-        for place, answer in zip(answered, together.answers(), strict=True):
-            answers[place] = answer
+        for place, output in zip(answered, together.outputs(), strict=True):
+            outputs[place] = output
         return [places[number] for number in waiting]
 
     def _add_times(self, together: Pass, started: float, encoding_started: float, encoded: float) -> None:
@@ -233,11 +235,3 @@ def bytes_per_entry(predictor: Predictor, settings: PolicySettings) -> int:
     if settings.max_error is not None and predictor.certificate is not None:
         anchor = predictor.certificate.anchors(np.zeros((1, predictor.num_features), np.float32)).nbytes
     return key + 4 * (predictor.num_features + predictor.num_dimensions) + anchor + OVERHEAD_BYTES
-
-
-def _output(row: FeatureRow, answer: Answer) -> Output:
-    return Output(
-        values=np.float32(answer.prediction).tobytes(),
-        cache_hit=answer.outcome is Outcome.HIT,
-        policy="" if row.policy is None else row.policy.settings.name,
-    )

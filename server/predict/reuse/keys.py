@@ -33,6 +33,10 @@ class KeyRule:
         size = len(data) // len(rows) if len(rows) else 0
         return [owner + data[start : start + size] for start in range(0, len(data), size)] if data else []
 
+    def owner_of(self, key: bytes) -> bytes:
+        """Return the tenant's part of a key: what comes before the features."""
+        return key[: -self.num_features * (8 if self.bin_width else 4)]
+
 
 def shares_of(rows: Singles, rule: KeyRule, seed: int) -> list[float]:
     """Return a number in [0, 1) for each row, always the same for rows with the same key."""

@@ -10,18 +10,16 @@ import numpy.typing as npt
 
 from server.predict.reuse.predictor import Floats
 
-__all__ = ["Layers", "to_tiles"]
-
-TILE = 4
-"""Rows of one matrix product. Its rounding depends on its shape, so that all have the same; and 4 x 256 x 256
-multiplications are the most that OpenBLAS does in the calling thread: waking others costs more than that."""
+__all__ = ["Layers", "one_by_one"]
 
 
-def to_tiles(rows: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Return [n, F] as [ceil(n / TILE), TILE, F], zeros behind."""
-    tiles = np.zeros((-(-len(rows) // TILE) * TILE, rows.shape[1]))
-    tiles[: len(rows)] = rows
-    return tiles.reshape(-1, TILE, rows.shape[1])
+def one_by_one(rows: npt.NDArray[np.floating[Any]]) -> Floats:
+    """Return [n, F] as [n, 1, F]: products of one row with a matrix, n of them.
+
+    A product's rounding depends on its shape, so that all have the same. One row is the quickest: OpenBLAS
+    copies a matrix before it multiplies several rows with it, which for few rows is most of the time.
+    """
+    return rows.astype(np.float64)[:, None, :]
 
 
 @dataclass(frozen=True, slots=True)

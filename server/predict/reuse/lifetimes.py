@@ -87,7 +87,7 @@ class Ladder:
         if start_s > max_s:
             edges.append(start_s)
         self.edges = tuple(edges)
-        self.start = self.edges.index(max(begin, start_s) if start_s > max_s else begin)
+        self.start = self.edges.index(start_s if start_s > max_s else begin)
 
     def __len__(self) -> int:
         return len(self.edges)

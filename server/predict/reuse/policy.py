@@ -64,8 +64,6 @@ class Counts:
     expired: int = 0
     stopped: int = 0
     uncertified: int = 0
-    encoded: int = 0
-    """Rows that went through the encoder, comparisons included."""
 
     @property
     def lookups(self) -> int:
@@ -103,7 +101,10 @@ class ReusePolicy:
         self.settings = settings
         self.counts = Counts()
         self.store = EncodingStore(
-            max_entries=settings.max_entries, max_bytes=settings.max_bytes, bytes_per_entry=bytes_per_entry
+            max_entries=settings.max_entries,
+            max_bytes=settings.max_bytes,
+            bytes_per_entry=bytes_per_entry,
+            owner_of=settings.rule.owner_of,
         )
         self.lifetimes = Lifetimes(settings.ladder, settings.budget, on_change=self._tell_change)
         self.meter = make_meter(
@@ -151,8 +152,7 @@ class ReusePolicy:
         """Note a comparison. Of the policy's risk only those count that were reuses."""
         if lookup.outcome is Outcome.HIT:
             self.meter.observe(key, comparison.cosine, comparison.l2, comparison.changed)
-        if lookup.outcome is not Outcome.UNCERTIFIED:
-            self.lifetimes.observe(key, comparison)
+        self.lifetimes.observe(key, comparison)
 
     def report(self, *, max_keys: int) -> PolicyReport:
         """Return what it is and did; keys over budget first, then the latest compared."""

@@ -1,7 +1,8 @@
 """Responses to texts: by the exact text, and by what is nearest to it. Nothing crosses a partition.
 
-The least recently used response leaves when there is no room, and every response when its lifetime, counted
-from when it was computed, is over. As that is the same for all, those that were kept first expire first.
+When there is no room the tenant that holds the most gives up the response it used least recently. Every
+response leaves when its lifetime, counted from when it was computed, is over; as that is the same for all,
+those that were kept first expire first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from server.predict.messages import Output, TextItem
 from server.predict.reuse.neighbours import Neighbours
 from server.predict.reuse.predictor import Singles
+from server.predict.reuse.shares import FairOrder
 
 __all__ = ["Partition", "Response", "ResponseCache"]
 
@@ -52,23 +54,23 @@ class ResponseCache:
     def __init__(self, *, max_entries: int, lifetime_s: float | None) -> None:
         self.max_entries = max_entries
         self._lifetime_s = math.inf if lifetime_s is None else lifetime_s
-        self._used: OrderedDict[tuple[Partition, TextItem], Response] = OrderedDict()
-        """Least recently used first."""
-        self._aged: OrderedDict[tuple[Partition, TextItem], None] = OrderedDict()
+        self._kept: OrderedDict[tuple[Partition, TextItem], Response] = OrderedDict()
         """Oldest first."""
+        self._order: FairOrder[str, tuple[Partition, TextItem]] = FairOrder()
+        """By tenant."""
         self._neighbours: dict[Partition, Neighbours] = {}
         self.num_bytes = 0
         self.num_evicted = 0
 
     def __len__(self) -> int:
-        return len(self._used)
+        return len(self._kept)
 
     def expire(self, now: float) -> set[tuple[Partition, TextItem]]:
         """Drop what is too old; return the names of it."""
         gone = set()
-        while self._aged:
-            name = next(iter(self._aged))
-            if now - self._used[name].stored_at < self._lifetime_s:
+        while self._kept:
+            name, oldest = next(iter(self._kept.items()))
+            if now - oldest.stored_at < self._lifetime_s:
                 break
             self._drop(name)
             gone.add(name)
@@ -76,9 +78,9 @@ class ResponseCache:
 
     def exact(self, partition: Partition, text: TextItem) -> Response | None:
         """Return the response to this very text, as the most recently used."""
-        found = self._used.get((partition, text))
+        found = self._kept.get((partition, text))
         if found is not None:
-            self._used.move_to_end((partition, text))
+            self._order.use(partition.tenant, (partition, text))
         return found
 
     def nearest(self, partition: Partition, vectors: list[Singles]) -> tuple[Response, float] | None:
@@ -89,15 +91,15 @@ class ResponseCache:
             return None
         text, similarity = found
         assert isinstance(text, TextItem)
-        return self._used[partition, text], similarity
+        return self._kept[partition, text], similarity
 
     def put(self, response: Response) -> None:
         """Keep it in place of what was there; make room."""
         name = (response.partition, response.text)
-        if name in self._used:
+        if name in self._kept:
             self._drop(name)
-        self._used[name] = response
-        self._aged[name] = None
+        self._kept[name] = response
+        self._order.use(response.partition.tenant, name)
         self.num_bytes += response.num_bytes
         if response.vectors:
             table = self._neighbours.get(response.partition)
@@ -105,35 +107,35 @@ class ResponseCache:
                 table = Neighbours(len(response.vectors[0]), len(response.vectors))
                 self._neighbours[response.partition] = table
             table.add(response.text, response.vectors)
-        while len(self._used) > self.max_entries:
-            self._drop(next(iter(self._used)))
+        if len(self._kept) > self.max_entries:
+            self._drop(self._order.next_to_leave())
             self.num_evicted += 1
 
     def clear(self) -> int:
         """Forget all; return how many there were."""
-        count = len(self._used)
-        self._used.clear()
-        self._aged.clear()
+        count = len(self._kept)
+        self._kept.clear()
+        self._order.clear()
         self._neighbours.clear()
         self.num_bytes = 0
         return count
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` if the tables disagree."""
-        assert len(self._used) <= self.max_entries
-        assert self._used.keys() == self._aged.keys()
-        assert self.num_bytes == sum(response.num_bytes for response in self._used.values())
-        ages = [self._used[name].stored_at for name in self._aged]
+        assert len(self._kept) <= self.max_entries
+        self._order.check_integrity()
+        assert self.num_bytes == sum(response.num_bytes for response in self._kept.values())
+        ages = [response.stored_at for response in self._kept.values()]
         assert ages == sorted(ages), "responses do not expire in the order in which they were kept"
-        near = sum(bool(response.vectors) for response in self._used.values())
+        near = sum(bool(response.vectors) for response in self._kept.values())
         assert near == sum(len(table) for table in self._neighbours.values())
         for table in self._neighbours.values():
             assert len(table), "an empty partition was kept"
             table.check_integrity()
 
     def _drop(self, name: tuple[Partition, TextItem]) -> None:
-        response = self._used.pop(name)
-        del self._aged[name]
+        response = self._kept.pop(name)
+        self._order.discard(response.partition.tenant, name)
         self.num_bytes -= response.num_bytes
         if response.vectors:
             table = self._neighbours[response.partition]

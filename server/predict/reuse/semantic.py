@@ -119,7 +119,7 @@ class SemanticModel:
         self._quick = RiskMeter(
             budget,
             confidence=CONFIDENCE,
-            half_life=max(QUICK_HALF_LIFE, 3.0 / (1.0 - spec.max_error_rate)),
+            half_life=QUICK_HALF_LIFE,
             max_keys=1,
             on_alarm=self._note_alarm,
             share_interval="chernoff",
@@ -345,21 +345,22 @@ class SemanticModel:
             self._events.put(ReuseEvent(kind=kind, policy=POLICY, limit=self._spec.max_error_rate))
 
     def _note_alarm(self, alarm: RiskAlarm) -> None:
+        if alarm.key is not None:  # the one key's own account says the same
+            return
+        if not self._is_unfit:  # else the other meter has told it of this very comparison
+            self._num_alarms += 1
+            self._tell(EventKind.ALARM, alarm)
         self._is_unfit = True
-        self._note_crossing(EventKind.ALARM, alarm)
 
     def _note_recovery(self, alarm: RiskAlarm) -> None:
-        self._note_crossing(EventKind.RECOVERED, alarm)
+        if alarm.key is None:
+            self._tell(EventKind.RECOVERED, alarm)
 
-    def _note_crossing(self, kind: EventKind, alarm: RiskAlarm) -> None:
-        if alarm.key is None:  # the one key's own account says the same
-            self._num_alarms += kind is EventKind.ALARM
-            interval = interval_report(alarm.interval)
-            self._events.put(
-                ReuseEvent(
-                    kind=kind, policy=POLICY, measure=alarm.measure, interval=interval, limit=alarm.limit
-                )
-            )
+    def _tell(self, kind: EventKind, alarm: RiskAlarm) -> None:
+        interval = interval_report(alarm.interval)
+        self._events.put(
+            ReuseEvent(kind=kind, policy=POLICY, measure=alarm.measure, interval=interval, limit=alarm.limit)
+        )
 
 
 def _reused(output: Output, prepared: Prepared) -> Output:

@@ -1,4 +1,4 @@
-"""Encodings by key, the least recently used leaving first.
+"""Encodings by key; of the tenant that holds the most the least recently used one leaves first.
 
 An entry stays when its lifetime is over: lookups no longer get it, but the next one compares it with the
 fresh encoding, which it has to compute anyway. That is free evidence about a longer lifetime.
@@ -6,10 +6,11 @@ fresh encoding, which it has to compute anyway. That is free evidence about a lo
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.predict.reuse.predictor import Floats, Singles
+from server.predict.reuse.shares import FairOrder
 
 __all__ = ["OVERHEAD_BYTES", "EncodingStore", "Entry"]
 
@@ -32,12 +33,21 @@ class Entry:
 class EncodingStore:
     """A table with a bound on entries; as they are all of one size, it is one on bytes too."""
 
-    def __init__(self, *, max_entries: int, max_bytes: int, bytes_per_entry: int) -> None:
-        """Hold at least one entry."""
+    def __init__(
+        self,
+        *,
+        max_entries: int,
+        max_bytes: int,
+        bytes_per_entry: int,
+        owner_of: Callable[[bytes], bytes],
+    ) -> None:
+        """Hold at least one entry. ``owner_of`` a key is its tenant."""
         self.capacity = max(1, min(max_entries, max_bytes // bytes_per_entry))
         self.bytes_per_entry = bytes_per_entry
         self.num_evicted = 0
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._owner_of = owner_of
+        self._entries: dict[bytes, Entry] = {}
+        self._order: FairOrder[bytes, bytes] = FairOrder()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -50,7 +60,7 @@ class EncodingStore:
         """Return the entry, whatever its age, as the most recently used one."""
         entry = self._entries.get(key)
         if entry is not None:
-            self._entries.move_to_end(key)
+            self._order.use(self._owner_of(key), key)
         return entry
 
     def hits_of(self, key: bytes) -> int:
@@ -60,27 +70,28 @@ class EncodingStore:
 
     def put(self, key: bytes, entry: Entry) -> None:
         """Keep it in place of what was there; make room."""
-        before = self._entries.pop(key, None)
+        before = self._entries.get(key)
         if before is not None:
             entry.num_hits = before.num_hits
         self._entries[key] = entry
-        while len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
+        self._order.use(self._owner_of(key), key)
+        if len(self._entries) > self.capacity:
+            leaving = self._order.next_to_leave()
+            self._order.discard(self._owner_of(leaving), leaving)
+            del self._entries[leaving]
             self.num_evicted += 1
 
     def clear(self) -> int:
         """Forget all; return how many there were."""
         count = len(self._entries)
         self._entries.clear()
+        self._order.clear()
         return count
-
-    def keys(self) -> list[bytes]:
-        """Return the keys, the least recently used first."""
-        return list(self._entries)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` if a bound does not hold or arrays do not belong together."""
         assert len(self._entries) <= self.capacity, "more entries than may be"
+        self._order.check_integrity()
         for entry in self._entries.values():
             assert entry.row.base is None, "an entry holds on to the batch that it came from"
             assert entry.encoding.base is None, "an entry holds on to the batch that it came from"

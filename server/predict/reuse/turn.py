@@ -14,41 +14,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from struct import Struct
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from server.predict.errors import ComputeError
+from server.predict.messages import Output
 from server.predict.reuse.compare import cosine_and_l2, is_changed
 from server.predict.reuse.lifetimes import Comparison
 from server.predict.reuse.policy import Lookup, Outcome, ReusePolicy
 from server.predict.reuse.predictor import Certificate, Floats, Predictor, Singles
 
-__all__ = ["Answer", "FeatureRow", "Pass"]
+__all__ = ["FeatureRow", "Pass"]
 
 Number = TypeVar("Number", bound=np.generic)
 
 log = logging.getLogger("kvserve.predict.reuse")
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureRow:
+_to_bytes = Struct("<f").pack
+
+
+class FeatureRow(msgspec.Struct, frozen=True):
     """A checked row with its key; without a policy nothing is reused for it, or kept."""
 
-    values: Singles
+    values: bytes
+    """float32, little-endian."""
     policy: ReusePolicy | None
     key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """To one row."""
-
-    prediction: float
-    outcome: Outcome | None
-    """None: reuse was not wanted."""
 
 
 class Pass:
@@ -56,7 +52,8 @@ class Pass:
 
     def __init__(self, rows: Sequence[FeatureRow]) -> None:
         self.rows = rows
-        self.values: Singles = _together([row.values for row in rows])
+        data = b"".join([row.values for row in rows])
+        self.values: Singles = np.frombuffer(data, "<f4").reshape(len(rows), -1)
         self.lookups: list[Lookup | None] = []
         self.fresh: list[int] = []
         """Rows that go through the encoder, ascending."""
@@ -117,8 +114,6 @@ class Pass:
         for number, (row, lookup) in enumerate(zip(self.rows, self.lookups, strict=True)):
             if lookup is not None and row.policy is not None:
                 row.policy.count(lookup)
-                if lookup.computes:
-                    row.policy.counts.encoded += 1
             if lookup is None or lookup.computes:
                 self.fresh.append(number)
 
@@ -156,7 +151,7 @@ class Pass:
             self.predictions = self._ask(predictor, reused[0].reshape(1, -1), self.values)
             return
         others = [self._other(number, place_of) for number in compared]
-        encodings = np.stack(reused + others)
+        encodings = _together(reused + others)
         answers = self._ask(predictor, encodings, np.concatenate([self.values, self.values[compared]]))
         self.predictions = answers[: len(self.rows)]
         for place, number in enumerate(compared):
@@ -181,11 +176,15 @@ class Pass:
             if comparison is not None:
                 row.policy.learn(row.key, lookup, comparison)
 
-    def answers(self) -> list[Answer]:
-        """Return the answers of the rows that stayed, in their order."""
+    def outputs(self) -> list[Output]:
+        """Return the outputs of the rows that stayed, in their order."""
         return [
-            Answer(prediction, None if lookup is None else lookup.outcome)
-            for prediction, lookup in zip(self.predictions, self.lookups, strict=True)
+            Output(
+                _to_bytes(prediction),
+                cache_hit=lookup is not None and lookup.outcome is Outcome.HIT,
+                policy="" if row.policy is None else row.policy.settings.name,
+            )
+            for row, lookup, prediction in zip(self.rows, self.lookups, self.predictions, strict=True)
         ]
 
     def _needs_anchor(self, number: int) -> bool:
@@ -218,7 +217,7 @@ class Pass:
 
 def _together(rows: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:
     """Return [n, F] of n rows; of a single one without a copy, which is what most batches have."""
-    return rows[0].reshape(1, -1) if len(rows) == 1 else np.stack(rows)
+    return (rows[0] if len(rows) == 1 else np.concatenate(rows)).reshape(len(rows), -1)
 
 
 def _guarded(compute: Callable[[], Singles]) -> Singles:
