@@ -188,6 +188,10 @@ class CallInterceptor(aio.ServerInterceptor):
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED if call.remaining_s() else grpc.StatusCode.DEADLINE_EXCEEDED
             raise
+        except aio.InternalError as error:  # the core takes nothing more for this call: it is over
+            code = grpc.StatusCode.CANCELLED if call.remaining_s() else grpc.StatusCode.DEADLINE_EXCEEDED
+            _log.debug("the call had ended before it was answered", extra={"method": call.method})
+            raise asyncio.CancelledError from error
         except Exception:  # noqa: BLE001 - the last place where it can be told from a good end
             code = grpc.StatusCode.INTERNAL
             reference = call.request_id or secrets.token_hex(8)
@@ -230,6 +234,9 @@ async def _abort(context: Context, error: CallError) -> None:
         async with asyncio.timeout(_ABORT_TIMEOUT_S):
             await context.abort(error.code, error.message, cast("Any", trailing_metadata(error)))
     except TimeoutError:
-        # The client takes nothing more: returning without a status resets the stream.
-        _log.info("the client does not read; stream reset", extra={"code": error.code.name})
+        # The client takes nothing more. The call ends here; what it has not read stays with the core until
+        # it reads or the connection ends.
+        _log.info("the client does not read; call given up", extra={"code": error.code.name})
+        raise asyncio.CancelledError from error
+    except aio.InternalError:  # the call is over for the core: nobody is there any more
         raise asyncio.CancelledError from error

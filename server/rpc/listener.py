@@ -60,6 +60,11 @@ class ListenOptions:
             # Else calls that have ended count as long as Python holds their objects: a client with 90 open
             # calls, each followed by the next at once, saw every other one refused.
             ("grpc.http.overload_protection", 0),
+            # Calls that have come and that Python has not taken yet. Beyond the first number (1,000 unless
+            # set) the core ends some with a bare CANCELLED, beyond the second (3,000) all, whoever they are
+            # from: a burst of calls would fail, and resets on one connection would fail everybody else's.
+            ("grpc.server.max_pending_requests", 4 * self.max_concurrent_rpcs),
+            ("grpc.server.max_pending_requests_hard_limit", 8 * self.max_concurrent_rpcs),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", 5_000),
             # Dead peers are noticed in 15 s; clients may ping a silent stream every 5 s.

@@ -7,22 +7,47 @@ from collections.abc import Sequence
 from server.rpc.errors import InvalidArgument
 from server.rpc.oip import open_inference_pb2 as pb
 from server.rpc.oip.tensors import OutputTensor
+from server.rpc.validation import Violations
 
-__all__ = ["InferOptions", "wanted_tensor", "wanted_tensors"]
+__all__ = ["InferOptions", "check_model", "check_repository", "wanted_tensor", "wanted_tensors"]
 
 MAX_CLASSES = 10_000
+MAX_ID_CHARS = 128
 _IGNORED = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
 """Parameters that Triton's clients may add and that mean nothing here."""
 
 
+def check_model(name_field: str, name: str, version_field: str = "", version: str = "") -> None:
+    """Refuse what cannot be a model's name before it goes anywhere. Raises :class:`InvalidArgument`.
+
+    No name is none either: inside, it would stand for all models.
+    """
+    violations = Violations()
+    if not name:
+        violations.add(name_field, "must not be empty")
+    violations.model_name(name_field, name)
+    if version:
+        violations.plain_name(version_field, version)
+    violations.raise_if_any()
+
+
+def check_repository(name: str) -> None:
+    """Refuse to look at another repository than the catalogue. Raises :class:`InvalidArgument`."""
+    if name:
+        raise InvalidArgument.of("repository_name", "must be empty: there is one catalogue")
+
+
 class InferOptions:
-    """A request's parameters."""
+    """A request's parameters, and its id, which is echoed."""
 
     def __init__(self, request: pb.ModelInferRequest) -> None:
         """Raise :class:`InvalidArgument` for one that is not known or not of its type."""
         self.truncate = False
         self.reuse = True
         self.timeout_s: float | None = None
+        violations = Violations()
+        violations.printable("id", request.id, max_chars=MAX_ID_CHARS)
+        violations.raise_if_any()
         for name, parameter in request.parameters.items():
             kind = parameter.WhichOneof("parameter_choice")
             if name == "truncate" and kind == "bool_param":
@@ -31,10 +56,13 @@ class InferOptions:
                 self.reuse = parameter.bool_param
             elif name == "timeout" and kind in ("int64_param", "uint64_param"):
                 microseconds = parameter.int64_param or parameter.uint64_param
-                self.timeout_s = microseconds * 1e-6 if microseconds > 0 else None
+                if microseconds < 0:
+                    raise InvalidArgument.of("parameters", "timeout must not be negative")
+                self.timeout_s = microseconds * 1e-6 if microseconds else None
             elif name not in _IGNORED and not name.startswith("triton_"):
                 known = "truncate and reuse (bool) and timeout (int, microseconds)"
-                raise InvalidArgument.of("parameters", f"{name[:64]!r} is not known; known are {known}")
+                reason = f"{name[:64]!r} is not known, or not of its type; known are {known}"
+                raise InvalidArgument.of("parameters", reason)
 
 
 def wanted_tensors(

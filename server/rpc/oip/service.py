@@ -15,15 +15,15 @@ from typing import Any, TypeVar, cast
 
 from grpc import aio
 
-from server.predict.errors import PredictError
+from server.predict.errors import InputError, PredictError
 from server.predict.interface import PredictBackend, PredictState
-from server.predict.messages import LoadModel, ModelPhase, ModelStatus, UnloadModel
+from server.predict.messages import LoadModel, ModelList, ModelPhase, ModelStatus, UnloadModel
 from server.rpc.call import Call, current_call
 from server.rpc.errors import CallError, InvalidArgument, ModelNotLoaded, ResponseTooLarge, Unavailable
 from server.rpc.model_infos import ModelInfos
 from server.rpc.oip import open_inference_pb2 as pb
 from server.rpc.oip import open_inference_pb2_grpc as services
-from server.rpc.oip.parameters import InferOptions, wanted_tensors
+from server.rpc.oip.parameters import InferOptions, check_model, check_repository, wanted_tensors
 from server.rpc.oip.signature import classification_of, inputs_of, outputs_of, tensors_of
 from server.rpc.oip.statistics import statistics_of
 from server.rpc.oip.tensors import OutputTensor, read_inputs
@@ -31,7 +31,6 @@ from server.rpc.predict_errors import error_from_predict, internal_error
 from server.rpc.predict_service import PredictObserver
 from server.rpc.receiving import RequestStream
 from server.rpc.stream_writer import StreamWriter
-from server.rpc.validation import Violations
 
 __all__ = ["InferenceService"]
 
@@ -102,7 +101,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         status = await self._loaded(request.name, request.version)
         info = status.info
         assert info is not None
-        models = await self._backend.models()
+        models = await self._models()
         metadata = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=status.name,
@@ -152,7 +151,9 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         if request.name:
             described = await self._describe(request.name, request.version)
             version = described.version if request.version else ""
-        models = await self._backend.models()
+        elif request.version:
+            raise InvalidArgument.of("version", "is of a model, which must be named too")
+        models = await self._models()
         stats = self._backend.stats
         counted = {} if stats is None else {(model.name, model.version): model for model in stats.models}
         return pb.ModelStatisticsResponse(
@@ -169,7 +170,8 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
         """List the catalogue."""
-        models = await self._backend.models()
+        check_repository(request.repository_name)
+        models = await self._models()
         index = pb.RepositoryIndexResponse.ModelIndex
         return pb.RepositoryIndexResponse(
             models=[
@@ -190,7 +192,8 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         """Load a model's latest version; return when it is ready."""
         if request.parameters:
             raise InvalidArgument.of("parameters", "a model's configuration and files cannot be sent")
-        _check_names("model_name", request.model_name, "version", "")
+        check_repository(request.repository_name)
+        check_model("model_name", request.model_name)
         await self._load(request.model_name, "")
         return pb.RepositoryModelLoadResponse()
 
@@ -198,7 +201,8 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload all versions of a model, once the calls that run have ended."""
-        _check_names("model_name", request.model_name, "version", "")
+        check_repository(request.repository_name)
+        check_model("model_name", request.model_name)
         remaining_s = current_call.get().remaining_s()
         try:
             drain_s = min(remaining_s or DRAIN_S, DRAIN_S)
@@ -267,7 +271,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
 
     async def _infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         started_s = time.perf_counter()
-        _check_names("model_name", request.model_name, "model_version", request.model_version)
+        check_model("model_name", request.model_name, "model_version", request.model_version)
         options = InferOptions(request)
         inputs = read_inputs(request, max_inputs=self._max_inputs)
         deadline_s = call.remaining_s()
@@ -284,7 +288,7 @@ class InferenceService(services.GRPCInferenceServiceServicer):
                 tenant=call.caller.salt,
             )
         except PredictError as error:
-            raise error_from_predict(error, inputs="inputs", item="inputs[0].contents") from error
+            raise _error_of_infer(error, request) from error
         info = await self._infos.of(request.model_name, answer.version)
         tensors = tensors_of(info, answer.outputs)
         wanted = wanted_tensors(request.outputs, tensors)
@@ -314,8 +318,14 @@ class InferenceService(services.GRPCInferenceServiceServicer):
         if self._is_draining:
             raise Unavailable("the server is shutting down", reason="DRAINING")
 
+    async def _models(self) -> ModelList:
+        try:
+            return await self._backend.models()
+        except PredictError as error:
+            raise error_from_predict(error) from error
+
     async def _describe(self, name: str, version: str) -> ModelStatus:
-        _check_names("name", name, "version", version)
+        check_model("name", name, "version", version)
         try:
             return await self._backend.describe(name, version)
         except PredictError as error:
@@ -356,13 +366,12 @@ async def _next(order: asyncio.Queue[Answering], reading: asyncio.Task[None]) ->
         taking.cancel()
 
 
-def _check_names(name_field: str, name: str, version_field: str, version: str) -> None:
-    """Refuse what cannot be a model's name before it goes anywhere. Raises :class:`InvalidArgument`."""
-    violations = Violations()
-    violations.model_name(name_field, name)
-    if version:
-        violations.plain_name(version_field, version)
-    violations.raise_if_any()
+def _error_of_infer(error: PredictError, request: pb.ModelInferRequest) -> CallError:
+    """Return the call's error, naming the tensor of the text, the pair or the row that is at fault."""
+    name = "pair" if isinstance(error, InputError) and error.part == "pair" else "text"
+    order = [tensor.name for tensor in request.inputs]
+    index = order.index(name) if name in order else 0
+    return error_from_predict(error, inputs="inputs", item=f"inputs[{index}].contents", model="model_name")
 
 
 def _server_version() -> str:

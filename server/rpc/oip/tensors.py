@@ -21,10 +21,6 @@ MAX_INPUTS = 8
 MAX_RANK = 4
 MAX_ELEMENTS = 1 << 28
 _LENGTH_BYTES = 4
-_ELEMENT_BYTES = {
-    "BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "BF16": 2,
-    "UINT32": 4, "INT32": 4, "FP32": 4, "UINT64": 8, "INT64": 8, "FP64": 8,
-}  # fmt: skip
 _FLOATS = {"FP32": "f", "FP64": "d"}
 
 
@@ -69,6 +65,10 @@ def read_inputs(request: pb.ModelInferRequest, *, max_inputs: int) -> Inputs:
             raise InvalidArgument.of(f"{where}.name", "must not be given twice")
         if any(name.startswith("shared_memory") for name in tensor.parameters):
             raise InvalidArgument.of(f"{where}.parameters", "shared memory is not served")
+        num_kinds = len(tensor.contents.ListFields()) if tensor.HasField("contents") else 0
+        if num_kinds > (0 if raw else 1):
+            reason = "must be empty beside raw_input_contents" if raw else "must have values of one type"
+            raise InvalidArgument.of(f"{where}.contents", reason)
         tensors[tensor.name] = (where, tensor, raw[index] if raw else None)
     if "features" in tensors:
         if len(tensors) > 1:
@@ -150,16 +150,14 @@ def _rows(
             raise InvalidArgument.of(f"{where}.contents", f"must have {count} numbers, as its shape says")
         values = array(code, given)
     else:
-        if len(raw) != count * _ELEMENT_BYTES[tensor.datatype]:
-            raise InvalidArgument.of("raw_input_contents", f"must have {count} numbers, as the shape says")
         values = array(code)
+        if len(raw) != count * values.itemsize:
+            raise InvalidArgument.of("raw_input_contents", f"must have {count} numbers, as the shape says")
         values.frombytes(raw)
         if sys.byteorder == "big":
             values.byteswap()
-    try:
-        floats = values if code == "f" else array("f", values)
-    except OverflowError:
-        raise InvalidArgument.of(f"{where}.contents", "does not fit float32") from None
+    # What float32 cannot hold becomes infinite, and is refused as such later.
+    floats = values if code == "f" else array("f", values)
     return Inputs(rows=_little_endian(floats), num_rows=tensor.shape[0])
 
 
