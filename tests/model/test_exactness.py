@@ -64,8 +64,9 @@ class Mix:
     def run(self, specs: list[GenerateSpec]) -> None:
         """Submit over time, cancel now and then, and step until everything has ended."""
         waiting = list(enumerate(specs, start=1))
-        for _ in range(4000):
+        for turn in range(4000):
             self.clock.advance(0.01)
+            self.begin_turn(turn)
             while waiting and self.dice.random() < 0.5:
                 key, spec = waiting.pop(0)
                 self.specs[key] = spec
@@ -81,6 +82,9 @@ class Mix:
             if not waiting and not self.scheduler.has_work:
                 break
         self.scheduler.check_integrity()
+
+    def begin_turn(self, turn: int) -> None:
+        """Do what is to be done before each step, beyond moving the clock: nothing here."""
 
     def _take_events(self) -> None:
         for event in self.scheduler.drain_events():

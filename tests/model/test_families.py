@@ -11,6 +11,7 @@ from server.engine.options import EngineOptions
 from server.worker.attention.grouped import GroupedAttention
 from server.worker.attention.reference import ReferenceAttention
 from server.worker.runner import ModelRunner
+from tests.campaigns import cases
 from tests.model.driver import generate
 from tests.model.families import CONFIGS, VOCAB, greedy, save_tiny
 
@@ -41,7 +42,7 @@ def test_greedy_equals_generate(family, tmp_path):
     prompts = prompts_of(seed=1)
     expected = [greedy(model, prompt, NUM_NEW) for prompt in prompts]
     assert len({tuple(e) for e in expected}) == 3, "a degenerate model would prove nothing"
-    for seed in (1, 2):
+    for seed in range(cases(1, full=2)):
         assert generate(runner, prompts, NUM_NEW, num_shared=NUM_SHARED, seed=seed) == expected
 
 

@@ -67,32 +67,32 @@ def test_a_folder_is_checked_once_for_its_size_and_its_load(root: Path, monkeypa
 
     monkeypatch.setattr(loader._sources, "resolve", counting)
     spec = ModelSpec(name="mood", source="mood/1", dtype="float32")
-    num_bytes = loader.size(spec, on_progress=no_progress)
-    model = loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
+    found = loader.find(spec, on_progress=no_progress)
+    model = found.load(on_progress=no_progress, on_reuse_event=no_event)
     assert model.info.task is Task.CLASSIFY
-    assert num_bytes is not None
-    assert 0 < model.info.num_bytes <= num_bytes
+    assert found.num_bytes is not None
+    assert 0 < model.info.num_bytes <= found.num_bytes
     model.close()
+    found.close()
     assert resolved == ["mood"]
-    loader.load(spec, on_progress=no_progress, on_reuse_event=no_event).close()
-    assert resolved == ["mood", "mood"]
 
 
 def test_a_folder_that_changes_between_its_check_and_its_load_is_refused(tmp_path: Path):
     make_model("bert", tmp_path / "mood")
     loader = loader_of(tmp_path)
     spec = ModelSpec(name="mood", source="mood")
-    loader.size(spec, on_progress=no_progress)
+    found = loader.find(spec, on_progress=no_progress)
     (tmp_path / "mood" / "added.json").write_text("{}")
     with pytest.raises(ModelRefusedError, match="changed"):
-        loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
+        found.load(on_progress=no_progress, on_reuse_event=no_event)
 
 
 def test_rows_of_features_need_no_source_and_have_no_size_before(tmp_path: Path):
     loader = loader_of(tmp_path)
     spec = ModelSpec(name="risk", features=FeatureSpec())
-    assert loader.size(spec, on_progress=no_progress) is None
-    model = loader.load(spec, on_progress=no_progress, on_reuse_event=no_event)
+    found = loader.find(spec, on_progress=no_progress)
+    assert found.num_bytes is None
+    model = found.load(on_progress=no_progress, on_reuse_event=no_event)
     assert (model.info.task, model.info.num_features) == (Task.FEATURES, 32)
     model.close()
 
@@ -108,7 +108,7 @@ async def process(root: Path) -> AsyncIterator[PredictProcess]:
         num_threads=1,
     )
     process = PredictProcess(options, log_level="warning")
-    await asyncio.wait_for(process.start(), 60)
+    await asyncio.wait_for(process.start(), 300)
     yield process
     await process.stop(grace_s=0)
 
@@ -130,8 +130,8 @@ async def test_a_process_serves_texts_and_rows_and_comes_back_as_it_was(process:
     assert (better.version, better.outputs[0].values == mood.outputs[0].values) == ("2", False)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    await asyncio.wait_for(process.wait_state(PredictState.DEAD), 1)
-    await asyncio.wait_for(process.wait_state(PredictState.READY), 60)
+    await asyncio.wait_for(process.wait_state(PredictState.DEAD), 60)
+    await asyncio.wait_for(process.wait_state(PredictState.READY), 300)
     assert {model.phase for model in (await process.models()).models} == {ModelPhase.UNLOADED}
     assert (await process.predict("mood", TEXTS)).outputs == better.outputs
     assert (await process.predict("mood", TEXTS, version="stable")).outputs == mood.outputs

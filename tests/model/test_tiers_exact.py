@@ -2,18 +2,24 @@
 
 A real model with a device of few blocks, host memory and a real folder, step by step in this process; the
 folder's files fail in every way that the disk tier has to live with. The engine's clock is injected: a
-pause of ten seconds is ten seconds of that clock, and nobody sleeps.
+pause of ten seconds is ten seconds of that clock, and nobody sleeps. The tiers' threads are real, and every
+few turns the clock waits for them: how much comes back does not depend on how fast they are.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from kvcore.codec import make_codec
 from kvcore.tiers.disk import DiskTier
@@ -29,9 +35,12 @@ from server.worker.runner import ModelRunner
 from tests.faulty_files import FAULTS, FaultyFiles
 from tests.model.families import VOCAB, greedy, save_tiny
 from tests.model.test_exactness import NUM_NEW, Mix
+from tests.tier_kit import SOON_S, until
 
 HOST_BYTES = 40_000
 DISK_BYTES = 8 << 20
+TURNS_BETWEEN_RESTS = 3
+"""Of 10 ms: less than the 50 ms that the engine gives tiers to say what they have."""
 RECOMPUTE_S = 0.5
 """What the engine is told that a prompt takes, so that it is patient enough to restore."""
 
@@ -77,10 +86,52 @@ class TieredMix(Mix):
         )
         self.scheduler.use_tiers(self.tiering)
 
+    def begin_turn(self, turn: int) -> None:
+        """Let tiers finish what they have begun, now and then; in between things are on their way."""
+        if turn % TURNS_BETWEEN_RESTS:
+            return
+        for stack in (self.tiering.blocks, self.tiering.tails):
+            until(partial(is_at_rest, stack), "the tiers' rest")
+
     def close(self) -> None:
         self.tiering.blocks.check_integrity()
         self.tiering.tails.check_integrity()
         self.tiering.close()
+
+
+def is_at_rest(stack: TierStack) -> bool:
+    """Take what tiers have brought; say whether they are still writing or bringing anything."""
+    for tier in stack.tiers:
+        workers = tier._workers  # type: ignore[attr-defined]
+        if workers is not None:
+            written = threading.Event()
+            assert workers.submit_write(written.set)  # behind all that was handed over
+            assert written.wait(SOON_S)
+    stack.poll()
+    return not stack.arrivals.outstanding_bytes.total()
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint, and what ``transformers`` itself makes of prompts: computed once for every test here."""
+
+    folder: Path
+    model: PreTrainedModel
+    told: dict[tuple[int, ...], list[int]]
+
+    def reference(self, specs: Iterable[GenerateSpec]) -> dict[tuple[int, ...], list[int]]:
+        """Return what it says to these prompts, among others."""
+        for spec in specs:
+            prompt = tuple(spec.token_ids)
+            if prompt not in self.told:
+                self.told[prompt] = greedy(self.model, list(prompt), NUM_NEW)
+        return self.told
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    folder = tmp_path_factory.mktemp("model")
+    return TinyModel(folder, save_tiny("llama", folder), {})
 
 
 class Bookkeeper:
@@ -147,31 +198,25 @@ def executor(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_tokens_equal_transformers_with_tiers_and_after_a_restart(
-    executor: str, codec: str, tmp_path: Path
+    tiny: TinyModel, executor: str, codec: str, tmp_path: Path
 ) -> None:
-    model = save_tiny("llama", tmp_path / "model")
-    options = options_for(tmp_path / "model", executor, "float32")
+    options = options_for(tiny.folder, executor, "float32")
     runner = ModelRunner.build(options)
-    reference: dict[tuple[int, ...], list[int]] = {}
     restored = []
     for seed in (0, 0):  # the second one finds what the first one has left
         keeper = Bookkeeper(runner)
         mix = TieredMix(keeper, options, seed, tmp_path / "cache", codec=codec)  # type: ignore[arg-type]
         with closing(mix):
             specs = specs_of(mix)
-            for spec in specs:
-                key = tuple(spec.token_ids)
-                reference.setdefault(key, greedy(model, list(key), NUM_NEW))
             mix.run(specs)
-            mix.check(reference)
+            mix.check(tiny.reference(specs))
             restored.append(mix.scheduler.counters.restored_tokens)
     assert keeper.num_loads > 20
     assert restored[1] > 40, restored
 
 
-def test_bfloat16_blocks_come_back_bit_for_bit(executor: str, tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model")
-    options = options_for(tmp_path / "model", executor, "bfloat16")
+def test_bfloat16_blocks_come_back_bit_for_bit(tiny: TinyModel, executor: str, tmp_path: Path) -> None:
+    options = options_for(tiny.folder, executor, "bfloat16")
     keeper = Bookkeeper(ModelRunner.build(options))
     restored = []
     for _ in range(2):  # the second one finds what the first one has left
@@ -228,38 +273,56 @@ FILE_FAULTS: dict[str, Callable[[FaultyFiles, Path], None]] = {
 }
 
 
+@dataclass(frozen=True)
+class Left:
+    """A runner, and the disk cache of a campaign that went well."""
+
+    options: EngineOptions
+    runner: ModelRunner
+    folder: Path
+
+
+def campaign(left: Left, tiny: TinyModel, folder: Path, *, new: int, fault: str | None = None) -> TieredMix:
+    """Run the campaign over a folder, with one prompt of its own; return it, closed.
+
+    The fault comes when the folder is open.
+    """
+    files = FaultyFiles()
+    mix = TieredMix(left.runner, left.options, 3, folder, codec="none", files=files)
+    if fault is not None:
+        FILE_FAULTS[fault](files, folder)
+    specs = [*specs_of(mix), GenerateSpec(token_ids=[new] * 20, max_new_tokens=NUM_NEW)]
+    with closing(mix):
+        mix.run(specs)
+        mix.check(tiny.reference(specs))
+    return mix
+
+
+@pytest.fixture(scope="module")
+def left(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Left:
+    options = options_for(tiny.folder, "transformers", "float32")
+    left = Left(options, ModelRunner.build(options), tmp_path_factory.mktemp("left"))
+    campaign(left, tiny, left.folder, new=9)
+    return left
+
+
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-def test_tokens_are_right_whatever_the_disk_does(fault: str, tmp_path: Path) -> None:
-    model = save_tiny("llama", tmp_path / "model")
-    options = options_for(tmp_path / "model", "transformers", "float32")
-    runner = ModelRunner.build(options)
-    reference: dict[tuple[int, ...], list[int]] = {}
-    for number in range(2):  # sound, then broken; the broken one stores something new, too
-        files = FaultyFiles()
-        mix = TieredMix(runner, options, 3, tmp_path / "cache", codec="none", files=files)
-        new = [[9 + number] * 20]
-        with closing(mix):
-            specs = specs_of(mix) + [GenerateSpec(token_ids=p, max_new_tokens=NUM_NEW) for p in new]
-            for spec in specs:
-                key = tuple(spec.token_ids)
-                reference.setdefault(key, greedy(model, list(key), NUM_NEW))
-            if number == 1:
-                FILE_FAULTS[fault](files, tmp_path / "cache")
-            mix.run(specs)
-            mix.check(reference)
-            if number == 1:
-                stats = [tier.stats() for s in (mix.tiering.blocks, mix.tiering.tails) for tier in s.tiers]
-                troubles = sum(sum(s.failures.values()) + s.store_failures + s.refused_stores for s in stats)
-                assert troubles > 0, "it was not even noticed"
+def test_tokens_are_right_whatever_the_disk_does(
+    left: Left, tiny: TinyModel, fault: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(left.folder, tmp_path / "cache"))
+    mix = campaign(left, tiny, folder, new=10, fault=fault)
+    stats = [tier.stats() for s in (mix.tiering.blocks, mix.tiering.tails) for tier in s.tiers]
+    troubles = sum(sum(s.failures.values()) + s.store_failures + s.refused_stores for s in stats)
+    assert troubles > 0, "it was not even noticed"
 
 
-def test_a_disk_that_hangs_delays_nobody_for_longer_than_computing_takes(tmp_path: Path) -> None:
-    model = save_tiny("llama", tmp_path / "model")
-    options = options_for(tmp_path / "model", "transformers", "float32")
-    runner = ModelRunner.build(options)
+def test_a_disk_that_hangs_delays_nobody_for_longer_than_computing_takes(
+    left: Left, tiny: TinyModel, tmp_path: Path
+) -> None:
+    options, runner = left.options, left.runner
     dice = random.Random(5)
     prompt = [dice.randrange(3, VOCAB) for _ in range(33)]
-    expected = greedy(model, prompt, NUM_NEW)
     spec = GenerateSpec(token_ids=prompt, max_new_tokens=NUM_NEW)
     first = TieredMix(runner, options, 0, tmp_path / "cache", codec="none")
     with closing(first):
@@ -281,7 +344,7 @@ def test_a_disk_that_hangs_delays_nobody_for_longer_than_computing_takes(tmp_pat
     finally:
         files.may_read.set()
         second.close()
-    assert second.drawn[1, 0] == expected
+    assert second.drawn[1, 0] == tiny.reference([spec])[tuple(prompt)]
     steps_s = 0.01 * (NUM_NEW + 6)
     assert took_s < 2 * RECOMPUTE_S + 0.2 + steps_s, "recomputed after a bounded wait"
     report = second.scheduler.counters

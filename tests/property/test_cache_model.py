@@ -23,6 +23,7 @@ from kvcore.manager import CacheManager
 from kvcore.node import Node, NodeState
 from kvcore.pins import Pin, PinKind
 from kvcore.policies import POLICIES, make_policy
+from tests.campaigns import cases
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 owners = st.sampled_from([None, None, None, 1, 2])
@@ -422,4 +423,4 @@ class CacheAgainstModel(RuleBasedStateMachine):
 
 
 TestCacheAgainstModel = CacheAgainstModel.TestCase
-TestCacheAgainstModel.settings = settings(max_examples=500, stateful_step_count=50)
+TestCacheAgainstModel.settings = settings(max_examples=cases(150, full=500), stateful_step_count=50)

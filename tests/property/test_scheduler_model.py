@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.campaigns import cases
 from tests.property.engine_world import VOCABULARY, World
 
 stems = st.sampled_from([[0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 0, 1], [2] * 12, [1]])
@@ -101,4 +102,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=400, stateful_step_count=40)
+TestScheduler.settings = settings(max_examples=cases(150, full=400), stateful_step_count=40)

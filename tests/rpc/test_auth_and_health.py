@@ -162,7 +162,7 @@ async def test_health_follows_the_engine_and_needs_no_key() -> None:
         seen: list[int] = []
 
         async def turned_to(status: int) -> None:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not seen or seen[-1] != status:
                     seen.append((await watch.read()).status)
 
@@ -175,9 +175,9 @@ async def test_health_follows_the_engine_and_needs_no_key() -> None:
         await turned_to(serving_status)
         overall = await server.health.Check(health_pb2.HealthCheckRequest())
         assert overall.status == serving_status
-        stopping = asyncio.create_task(server.front_end.shut_down(grace_s=5))
+        stopping = asyncio.create_task(server.front_end.shut_down(grace_s=600))
         await turned_to(not_serving)
-        async with asyncio.timeout(4):  # the watcher does not hold the grace
+        async with asyncio.timeout(60):  # the watcher does not hold the grace
             await stopping
 
 

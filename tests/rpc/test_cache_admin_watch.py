@@ -280,7 +280,7 @@ async def test_events_of_a_real_cache_arrive_in_order() -> None:
         assert events[2].cause == "admin"
         assert {event.epoch for event in events} == {w.desk.epoch}
         assert w.server.sample("kvserve_cache_watch_lost_events_total") == 3
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while w.desk._is_watched or w.server.sample("kvserve_cache_watchers"):
                 await asyncio.sleep(0.01)
 
@@ -318,7 +318,7 @@ async def test_a_reader_that_stops_reading_is_ended_at_the_write_timeout() -> No
             watch: Any = channel.unary_stream("/kvserve.v1.CacheAdminService/WatchCache")(b"")
             await watch.initial_metadata()
             # The transport takes some; then nothing moves, and the queue stays as small as it is.
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while server.front_end.num_active_calls:
                     if source.messages.empty():
                         source.say(100)
@@ -337,7 +337,7 @@ async def test_a_watch_can_begin_before_the_engine_is_there() -> None:
     async with serving(slot, model_control=slot, started=False) as server:
         watch = server.admin.WatchCache(pb.WatchCacheRequest())
         reading = asyncio.ensure_future(watch.read())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not server.front_end.num_active_calls:
                 await asyncio.sleep(0)
         await slot.load()

@@ -10,7 +10,7 @@ from kvserve import CacheEventKind, PinKind, PrefixId
 from kvserve.v1 import cache_admin_pb2 as pb
 from tests.rpc.scripted_server import scripted_server
 
-NOTICED_S = 5.0
+NOTICED_S = 60.0
 
 
 @pytest_asyncio.fixture

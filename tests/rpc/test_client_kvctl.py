@@ -14,7 +14,7 @@ import kvserve
 from kvserve.v1 import generate_pb2
 from tests.rpc.scripted_server import scripted_server
 
-NOTICED_S = 10.0
+NOTICED_S = 60.0
 
 
 @pytest_asyncio.fixture

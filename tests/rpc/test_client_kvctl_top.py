@@ -18,7 +18,7 @@ import kvserve
 from kvserve.v1 import cache_admin_pb2 as pb
 from tests.rpc.scripted_server import scripted_server
 
-NOTICED_S = 10.0
+NOTICED_S = 60.0
 SHOW_ALTERNATE_SCREEN, SHOW_MAIN_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 

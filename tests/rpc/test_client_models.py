@@ -12,7 +12,7 @@ from server.predict.messages import EventKind, IntervalReport, OpProgress, Reuse
 from tests.rpc.harness import ScriptedEngine, serving
 from tests.rpc.scripted_predict import REFUSED, SIZES, ScriptedPredict, status
 
-NOTICED_S = 10.0
+NOTICED_S = 60.0
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from server.rpc.auth import parse_api_keys
 from tests.rpc.harness import ScriptedEngine, serving
 from tests.rpc.scripted_predict import ScriptedPredict
 
-NOTICED_S = 10.0
+NOTICED_S = 60.0
 RISK_ROWS = [[0.0, 1.0, 0.5, 0.25], [1.0, 0.0, -0.5, 0.5]]
 
 

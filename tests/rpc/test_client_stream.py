@@ -10,7 +10,7 @@ import kvserve
 from kvserve.v1 import common_pb2, generate_pb2
 from tests.rpc.scripted_server import scripted_server
 
-NOTICED_S = 5.0
+NOTICED_S = 60.0
 """More than enough for a cancellation to cross loopback; the tests wait for the event, not for the time."""
 
 
@@ -172,7 +172,7 @@ async def test_a_server_that_answers_cancelled_does_not_cancel_the_callers_task(
 async def test_a_timeout_around_the_stream_is_the_callers_timeout(server, client):
     server.servicer.stream_story = one_token_then_silence
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2), client.generate("x") as stream:
+        async with asyncio.timeout(1.0), client.generate("x") as stream:
             await stream.collect()
     await asyncio.wait_for(server.servicer.cancelled.wait(), NOTICED_S)
 

@@ -25,6 +25,7 @@ from server.predict.errors import (
     OverloadedError,
     PredictError,
     PredictLostError,
+    QuarantinedError,
 )
 from server.predict.interface import PredictState
 from server.predict.messages import ModelStatus, Task
@@ -267,6 +268,7 @@ ERRORS: list[tuple[PredictError, Code, str, float | None]] = [
     (PredictLostError("it is started again"), Code.UNAVAILABLE, "PREDICT_LOST", 1.0),
     (ExpiredError("the deadline passed"), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", None),
     (ComputeError("the numbers are none"), Code.INTERNAL, "NUMERICAL", None),
+    (QuarantinedError("the process has died of it"), Code.INTERNAL, "QUARANTINED", None),
 ]
 
 
@@ -284,7 +286,7 @@ async def test_errors_of_predict_have_their_status(
     assert (refusal.code, refusal.reason, refusal.message) == (code, reason, error.reason)
     assert refusal.retry_after_s == retry_after_s
     # Of what time alone does not change clients are told not to try again.
-    never = "-1" if code is Code.RESOURCE_EXHAUSTED else None
+    never = "-1" if code is Code.RESOURCE_EXHAUSTED or reason == "QUARANTINED" else None
     expected = never if retry_after_s is None else str(round(retry_after_s * 1000))
     assert refusal.pushback_ms == expected
 
@@ -370,9 +372,9 @@ async def test_a_call_that_is_given_up_is_cancelled_behind() -> None:
         while predict.num_open_calls == 0:
             await asyncio.sleep(0)
         call.cancel()
-        late = await refused(server.predict.Predict(texts("x"), timeout=0.05))
+        late = await refused(server.predict.Predict(texts("x"), timeout=0.5))
         assert late.code is Code.DEADLINE_EXCEEDED
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while predict.num_open_calls:
                 await asyncio.sleep(0)
         assert predict.num_cancelled == 2
@@ -409,7 +411,7 @@ async def test_health_and_reflection_follow_predict() -> None:
     async with serving(FakeEngine(ready=READY), predict=predict) as server:
         watch = server.health.Watch(health_pb2.HealthCheckRequest(service="kvserve.v1.PredictService"))
         answers = aiter(watch)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             # Before the server has reported it for the first time it is unknown.
             while (await anext(answers)).status != health_pb2.HealthCheckResponse.NOT_SERVING:
                 pass

@@ -11,10 +11,12 @@ import pytest
 from grpc import aio
 
 from kvserve.v1 import cache_admin_pb2 as pb
+from kvserve.v1 import predict_pb2 as predict_pb
 from server.engine.fake import FakeEngine
 from server.engine.model_slot import ModelSlot
 from server.predict.errors import (
     InputError,
+    ModelExistsError,
     ModelInUseError,
     ModelRefusedError,
     ModelTooLargeError,
@@ -34,6 +36,8 @@ from server.predict.messages import (
 )
 from server.rpc.auth import Authenticator, parse_api_keys
 from server.rpc.errors import PermissionDenied
+from server.rpc.oip import open_inference_pb2 as inference_pb
+from server.rpc.oip.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.rpc.harness import READY, ScriptedEngine, refused, serving
 from tests.rpc.scripted_predict import POLICY, SIZES, ScriptedPredict, status
 
@@ -151,11 +155,54 @@ async def test_what_predict_refuses_has_its_status(error: Exception, code: Code,
             assert (refusal.code, refusal.reason) == (code, reason)
 
 
-async def test_a_field_that_the_predict_process_refuses_is_named() -> None:
-    predict = ScriptedPredict(progress=[InputError("is an alias", part="version")])
-    async with serving(FakeEngine(ready=READY), predict=predict) as server:
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (InputError("is an alias", part="version"), Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
+        (ModelExistsError("is another one", part="task"), Code.ALREADY_EXISTS, "MODEL_EXISTS"),
+    ],
+)
+async def test_a_field_that_the_predict_process_refuses_is_named(
+    error: InputError | ModelExistsError, code: Code, reason: str
+) -> None:
+    async with serving(FakeEngine(ready=READY), predict=ScriptedPredict(progress=[error])) as server:
         refusal = await refused(server.admin.LoadModel(pb.LoadModelRequest(model="sizes")).read())
-    assert (refusal.code, list(refusal.fields)) == (Code.INVALID_ARGUMENT, ["version"])
+    assert (refusal.code, refusal.reason, list(refusal.fields)) == (code, reason, [error.part])
+    assert refusal.message == f"{error.part}: {error}"
+
+
+async def test_a_server_without_predict_says_how_to_have_it() -> None:
+    """It used to say that there is no such model, whichever was asked for."""
+    item = inference_pb.ModelInferRequest(model_name="m")
+    async with serving(FakeEngine(ready=READY)) as server:
+        admin = server.admin
+        inference = GRPCInferenceServiceStub(server.channel)
+        stream = inference.ModelStreamInfer()
+        await stream.write(item)
+        for call in (
+            admin.LoadModel(pb.LoadModelRequest(model="m")),
+            admin.LoadModel(pb.LoadModelRequest(model="m", source="m")),
+            admin.UnloadModel(pb.UnloadModelRequest(model="m")),
+            admin.SetModelAlias(pb.SetModelAliasRequest(model="m", alias="canary", version="1")),
+            admin.GetReuse(pb.GetReuseRequest(model="m")),
+            admin.ClearReuse(pb.ClearReuseRequest(model="m")),
+            admin.WatchReuse(pb.WatchReuseRequest(model="m")),
+            server.predict.Predict(predict_pb.PredictRequest(model="m", texts={"items": [{"text": "x"}]})),
+            server.predict.Embed(predict_pb.EmbedRequest(model="m", inputs=[{"text": "x"}])),
+            inference.ModelReady(inference_pb.ModelReadyRequest(name="m")),
+            inference.ModelMetadata(inference_pb.ModelMetadataRequest(name="m")),
+            inference.RepositoryIndex(inference_pb.RepositoryIndexRequest()),
+            inference.RepositoryModelLoad(inference_pb.RepositoryModelLoadRequest(model_name="m")),
+            inference.ModelInfer(item),
+            stream,
+        ):
+            refusal = await refused(call)
+            assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "NOT_CONFIGURED")
+            assert "predict is off" in refusal.message
+            assert "--predict on" in refusal.message
+        assert (await inference.ServerLive(inference_pb.ServerLiveRequest())).live
+        assert not (await inference.ServerReady(inference_pb.ServerReadyRequest())).ready
+        assert [model.name for model in (await admin.ListModels(pb.ListModelsRequest())).models] == ["tiny"]
 
 
 async def test_a_caller_that_leaves_does_not_stay_with_the_load() -> None:
@@ -178,7 +225,7 @@ async def test_a_caller_that_leaves_does_not_stay_with_the_load() -> None:
         assert (first.phase, again.phase) == ("reading", "reading")
         assert again.elapsed_s > first.elapsed_s
         load.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not predict.left:
                 await asyncio.sleep(0.001)
 
@@ -259,7 +306,7 @@ async def test_events_of_reuse_are_told_as_they_happen() -> None:
             assert (await watch.read()).kind == pb.ReuseEvent.STARTED
         assert predict.num_watchers == 2
         of_risk.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while predict.num_watchers != 1:
                 await asyncio.sleep(0.001)
         for kind in EventKind:
@@ -290,20 +337,6 @@ async def test_events_of_reuse_are_told_as_they_happen() -> None:
         assert (await one.read()).model == "risk"
         predict.events.put_nowait(None)
         assert (await refused(one)).code is Code.UNAVAILABLE
-
-
-async def test_a_server_without_predict_knows_no_such_models() -> None:
-    async with serving(FakeEngine(ready=READY)) as server:
-        admin = server.admin
-        assert len((await admin.ListModels(pb.ListModelsRequest())).models) == 1
-        for call, code in (
-            (admin.LoadModel(pb.LoadModelRequest(model="sizes")), Code.NOT_FOUND),
-            (admin.LoadModel(pb.LoadModelRequest(model="sizes", source="sizes")), Code.FAILED_PRECONDITION),
-            (admin.UnloadModel(pb.UnloadModelRequest(model="sizes")), Code.NOT_FOUND),
-            (admin.GetReuse(pb.GetReuseRequest(model="sizes")), Code.NOT_FOUND),
-            (admin.WatchReuse(pb.WatchReuseRequest()), Code.FAILED_PRECONDITION),
-        ):
-            assert (await refused(call)).code is code
 
 
 NAMES = ("a\0b", "../x", "/etc", "..%2f", "a b", "x" * 10_240, "a\u202e", "a\nb")

@@ -163,15 +163,19 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(raw: bytes, met
 
 async def test_calls_with_no_message_two_or_a_late_one() -> None:
     raw = pb.PredictRequest(**OK).SerializeToString()
+    async with serving(ScriptedEngine(), predict=ScriptedPredict()) as server:
+        none, two = [server.channel.stream_unary(f"{PATH}/Predict")() for _ in range(2)]
+        await none.done_writing()
+        await two.write(raw)
+        await two.write(raw)
+        await two.done_writing()
+        codes = [(await refused(call)).code for call in (none, two)]
+    assert server.front_end.num_active_calls == 0
     limits = CallLimits(receive_timeout_s=0.05)
     async with serving(ScriptedEngine(), predict=ScriptedPredict(), limits=limits) as server:
-        calls = [server.channel.stream_unary(f"{PATH}/Predict")() for _ in range(3)]
-        await calls[0].done_writing()
-        await calls[1].write(raw)
-        await calls[1].write(raw)
-        await calls[1].done_writing()
-        await calls[2].wait_for_connection()
-        codes = [(await refused(call)).code for call in calls]
+        late = server.channel.stream_unary(f"{PATH}/Predict")()
+        await late.wait_for_connection()
+        codes.append((await refused(late)).code)
     assert codes == [Code.INVALID_ARGUMENT, Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED]
     assert server.front_end.num_active_calls == 0
 

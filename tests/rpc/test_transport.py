@@ -43,7 +43,7 @@ async def test_connection_serves_100_streams_at_a_time() -> None:
     engine = ScriptedEngine()
     async with serving(engine) as server:
         calls = [server.stub.Generate(request()) for _ in range(150)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(engine.submitted) < 100:
                 await asyncio.sleep(0.001)
             # A call on a connection of its own is not held up.
@@ -60,7 +60,7 @@ async def test_noise_on_the_port_harms_nobody() -> None:
         for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + b"\0" * 200, b"\xff" * 4096):
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(noise)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await reader.read(-1)  # closed by the server
             writer.close()
         await server.stub.Generate(request(parameters={"max_new_tokens": 2}))
@@ -173,12 +173,12 @@ async def test_calls_leave_spans_with_their_true_status() -> None:
         await server.stub.Generate(done, metadata=[("traceparent", parent)])
         await server.stub.Generate(done, metadata=[("traceparent", "x" * 5000)])
         long = request(parameters={"max_new_tokens": 900})
-        await refused(server.stub.Generate(long, timeout=0.05))
+        await refused(server.stub.Generate(long, timeout=0.5))
         cancelled = server.stub.StreamGenerate(long)
         await cancelled.read()
         cancelled.cancel()
         await refused(server.stub.Generate(pb.GenerateRequest()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(kept.spans) < 5:
                 await asyncio.sleep(0.001)
     tracer.close()

@@ -315,7 +315,7 @@ def test_a_writer_waits_for_the_wire_and_is_let_go_when_the_call_is_over():
     assert next(sender) == 0
     assert [next(sender) for _ in range(_MAX_OUTGOING - 1)] == list(range(1, _MAX_OUTGOING))
     assert next(sender) == "next"
-    writer.join(10)
+    writer.join(60)
     assert results == [True, True]
     outbox.close()
     assert list(sender) == []

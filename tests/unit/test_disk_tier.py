@@ -221,7 +221,7 @@ print("closed", tier.poll()[0].failure.value)
 """
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}"}
     command = [sys.executable, "-c", script, str(disk.root)]
-    done = subprocess.run(command, capture_output=True, timeout=30, cwd=REPOSITORY, env=environment)
+    done = subprocess.run(command, capture_output=True, timeout=300, cwd=REPOSITORY, env=environment)
     assert (done.returncode, done.stdout) == (0, b"closed cancelled\n"), done.stderr
 
 

@@ -22,17 +22,19 @@ from server.predict.errors import (
     ComputeError,
     ExpiredError,
     InputError,
+    ModelExistsError,
     ModelInUseError,
     ModelRefusedError,
     ModelTooLargeError,
     ModelUnloadedError,
     OverloadedError,
     PredictLostError,
+    QuarantinedError,
     UnknownModelError,
 )
 from server.predict.options import FeatureSpec, ModelSpec, PredictOptions, SemanticSpec
 from server.predict.reuse import build_feature_model
-from server.rpc.predict_errors import error_from_predict
+from server.rpc.predict_errors import error_from_predict, predict_is_off
 from tests.unit.test_deploy import known_samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +125,10 @@ def test_the_yaml_example_names_settings() -> None:
 
 def test_metrics_that_are_named_exist() -> None:
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    source = (ROOT / "server" / "telemetry" / "metrics.py").read_text(encoding="utf-8")
+    folder = ROOT / "server" / "telemetry"
+    source = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("metrics.py", "process_metrics.py")
+    )
     names = [name for name in re.findall(r"`kvserve_([a-z_]+)`", text) if not name.startswith("predict_")]
     assert len(names) > 10
     for name in names:
@@ -171,6 +176,7 @@ def test_reasons_of_errors_that_are_named_exist() -> None:
         InputError("x"),
         UnknownModelError("x"),
         ModelRefusedError("x"),
+        ModelExistsError("x"),
         ModelTooLargeError("x"),
         ModelInUseError("x"),
         ModelUnloadedError("x"),
@@ -178,8 +184,9 @@ def test_reasons_of_errors_that_are_named_exist() -> None:
         PredictLostError("x"),
         ExpiredError("x"),
         ComputeError("x"),
+        QuarantinedError("x"),
     ]
-    answers = [error_from_predict(error) for error in errors]
+    answers = [*map(error_from_predict, errors), predict_is_off()]
     assert len(named) == len(answers)
     for answer in answers:
         code = answer.code.name

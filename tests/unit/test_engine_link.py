@@ -48,7 +48,7 @@ class Parent:
         self.heard.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not condition():
                 self.heard.clear()
                 await self.heard.wait()
@@ -170,7 +170,7 @@ def test_the_engine_gives_up_on_a_front_end_that_does_not_read():
 
     with ours, pytest.raises(LinkClosedError, match="does not read"):
         send_for_ever()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     with pytest.raises(LinkClosedError):
         child.send(Heartbeat(0.0))
     child.close()
@@ -190,7 +190,7 @@ def test_closing_wakes_the_reader():
     thread = threading.Thread(target=read)
     thread.start()
     child.close()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     assert len(errors) == 1
     ours.close()

@@ -276,7 +276,7 @@ def test_an_idle_engine_says_its_statistics_once_and_then_sleeps():
     assert engine.loop.turn_started is None
     assert checks == [1]
     engine.inbox.put(Stop())
-    thread.join(10)
+    thread.join(60)
     assert not errors
 
 
@@ -300,7 +300,7 @@ def test_a_broken_invariant_ends_the_loop():
 
     engine.parts.scheduler.check_integrity = broken  # type: ignore[method-assign]
     thread, errors = in_thread(engine)
-    thread.join(10)
+    thread.join(60)
     assert [str(error) for error in errors] == ["leaked"]
 
 
@@ -313,6 +313,6 @@ def test_the_turn_of_a_stuck_step_can_be_seen_from_outside():
     assert engine.loop.turn_started == 0.0
     engine.inbox.put(Drain())
     engine.runner.release_all()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert not errors

@@ -20,7 +20,7 @@ async def test_blocked_event_loop_is_measured_and_reported(caplog: pytest.LogCap
     watch = asyncio.create_task(watch_loop_lag(observe))
     await asyncio.sleep(0)  # the watcher has set its timer
     time.sleep(INTERVAL_S + 0.6)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await seen.wait()
     watch.cancel()
     assert lags[0] >= 0.5

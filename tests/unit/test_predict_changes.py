@@ -96,3 +96,15 @@ def test_memory_is_bounded(monkeypatch):
     assert [op.alias for op in changes.to_repeat() if isinstance(op, SetAlias)] == [
         f"alias-{number}" for number in range(15, 25)
     ]
+
+
+def test_a_change_that_is_made_again_is_the_latest_of_all(monkeypatch):
+    """Repeated in the order of their last making; and when there are too many, it is not the one to go."""
+    monkeypatch.setattr(changes_module, "MAX_CHANGES", 2)
+    changes = Changes()
+    for alias, version in (("a", "1"), ("b", "1"), ("a", "2"), ("c", "1")):
+        changes.note(SetAlias("m", alias, version), NOTHING)
+    assert [(op.alias, op.version) for op in changes.to_repeat() if isinstance(op, SetAlias)] == [
+        ("a", "2"),
+        ("c", "1"),
+    ]

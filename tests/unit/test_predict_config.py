@@ -48,6 +48,14 @@ def test_pairs_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
 
 
+def test_what_is_fetched_is_kept_where_and_as_long_as_the_operator_says(tmp_path: Path) -> None:
+    options = resolve({}, {}).predict_options()
+    assert (options.download_folder, options.download_bytes) == (None, 64 << 30)
+    flags = {"download_cache": str(tmp_path), "download_cache_size": "2GiB"}
+    options = resolve(flags, {}).predict_options()
+    assert (options.download_folder, options.download_bytes) == (str(tmp_path), 2 << 30)
+
+
 def test_plain_source_lies_below_the_model_root(tmp_path: Path) -> None:
     found = models(predict_models="a=x,b=./x", model_root=str(tmp_path))
     assert found["a"].source == "x"
@@ -102,6 +110,11 @@ def test_catalogue_inside_the_configuration_file(tmp_path: Path) -> None:
         ("- {name: a, sorce: x}", "unknown field `sorce`"),
         ("- {name: a, source: x, pooling: max}", "pooling must be mean, cls or last"),
         ("- 7", r"models\[0\]"),
+        ("- {name: a, features: {seed: 9223372036854775808}}", r"features.seed"),
+        ("- {name: a, features: {seed: -9223372036854775809}}", r"features.seed"),
+        ("- {name: a, features: {max_bytes: 9223372036854775808}}", r"features.max_bytes"),
+        ("- {name: a, source: x, semantic: {embedder: e, seed: 9223372036854775808}}", r"semantic.seed"),
+        ("- {name: a, source: x, semantic: {embedder: e, max_entries: 9223372036854775808}}", r"max_entries"),
     ],
 )
 def test_errors_name_the_file_and_the_model(tmp_path: Path, text: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 
 from server.predict.deadlines import SLACK, Deadlines
@@ -50,3 +51,21 @@ def test_deadlines_of_what_has_ended_do_not_pile_up() -> None:
         deadlines.add(key, 1e6)
         deadlines.discard(key)
     assert len(deadlines._heap) <= SLACK + 1
+
+
+def test_deadlines_that_are_left_after_many_ended_still_come_in_order() -> None:
+    """Thinning out must drop the numbers of the others, and leave a heap."""
+    deadlines: Deadlines[int] = Deadlines()
+    draw = random.Random(0)
+    when = {key: draw.random() for key in range(8 * SLACK)}
+    for key, deadline_s in when.items():
+        deadlines.add(key, deadline_s)
+    kept = set(draw.sample(sorted(when), SLACK))
+    for key in when.keys() - kept:
+        deadlines.discard(key)
+    assert len(deadlines) == SLACK
+    assert len(deadlines._heap) <= 3 * SLACK
+    assert deadlines.first_s == min(when[key] for key in kept)
+    half = deadlines.due(0.5)
+    assert half == sorted((key for key in kept if when[key] <= 0.5), key=lambda key: when[key])
+    assert half + deadlines.due(1.0) == sorted(kept, key=lambda key: when[key])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.predict import errors
-from server.predict.failures import call_failed, error_of, kind_of, op_failed
+from server.predict.failures import call_failed, error_of, is_out_of_memory, kind_of, op_failed
 from server.predict.messages import FailureKind
 
 ERRORS = [
@@ -47,3 +47,28 @@ def test_what_nobody_has_foreseen_tells_nothing_of_itself(caplog: pytest.LogCapt
     assert "/" not in failed.reason
     assert type(error_of(failed)) is errors.PredictError
     assert "secret.bin" in caplog.text  # the operator's log says all
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's is called."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory: 0x7f"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_is_no_fault_of_the_call_and_may_be_over_in_a_second(error: Exception):
+    failed = call_failed(1, error, index=2)
+    assert (failed.kind, failed.retry_after_s, failed.index) == (FailureKind.OVERLOADED, 1.0, 2)
+    assert str(error) == "" or str(error) not in failed.reason
+
+
+def test_other_errors_that_speak_of_memory_are_none_of_that():
+    for error in (ValueError("can't allocate memory"), RuntimeError("memory is fine")):
+        assert not is_out_of_memory(error)
+        assert call_failed(1, error).kind is FailureKind.INTERNAL

@@ -572,7 +572,7 @@ def test_a_load_is_told_of_now_and_then_not_a_thousand_times():
         told = [message for message in kit.other if isinstance(message, OpProgress)]
         assert 1 <= len(told) < 50
         assert {message.op_id for message in told} == {op_id}
-        assert told[0].phase == "reading"
+        assert {message.phase for message in told} <= {"", "reading"}
         assert told[0].status.phase is ModelPhase.LOADING
 
 

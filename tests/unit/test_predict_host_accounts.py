@@ -119,5 +119,5 @@ def test_versions_that_could_not_be_loaded_leave_nothing_behind():
             op_id = kit.new_id()
             kit.handle(PredictOp(op_id, LoadModel(f"bad-{number}", source="nowhere")))
             assert isinstance(kit.op(op_id), OpFailed)
-        assert [key.name for key in kit.host._cache._slots] == []
+        assert [key.name for key in kit.host._cache._shelf.slots] == []
         assert [entry.key.name for entry in kit.host._catalogue.entries()] == ["words"]

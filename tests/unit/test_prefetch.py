@@ -8,6 +8,7 @@ import pytest
 
 from kvcore.prefetch import PrefetchOutcome, SessionPredictor, WaitTimes
 from kvcore.prefetch_replay import Session, Setting, Turn, replay
+from tests.campaigns import cases
 
 
 def run(predictor, session, waits, *, at=0.0):
@@ -126,7 +127,7 @@ def test_waste_that_was_not_expected_makes_it_careful(predictor):
 
 
 def test_waste_stays_below_its_bound_whatever_the_waits_are():
-    for seed in range(5):
+    for seed in range(cases(2, full=5)):
         draw = random.Random(seed)
         predictor = SessionPredictor(window_s=100.0, max_waste=0.2)
         now = 0.0

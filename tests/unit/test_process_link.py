@@ -42,7 +42,7 @@ class Parent:
         self.heard.set()
 
     async def until(self, num_messages: int, num_errors: int = 0) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (len(self.messages), len(self.errors)) != (num_messages, num_errors):
                 self.heard.clear()
                 await self.heard.wait()

@@ -23,7 +23,7 @@ def light() -> StateCell[Light]:
 
 async def test_the_state_that_is_is_not_waited_for():
     cell = light()
-    await asyncio.wait_for(cell.wait(Light.RED), 1)
+    await asyncio.wait_for(cell.wait(Light.RED), 60)
     assert cell.value is Light.RED
 
 
@@ -33,7 +33,7 @@ async def test_whoever_waits_is_woken_even_if_it_changes_again_at_once():
     await asyncio.sleep(0)
     cell.set(Light.GREEN)
     cell.set(Light.RED)
-    await asyncio.wait_for(asyncio.gather(*waiting), 1)
+    await asyncio.wait_for(asyncio.gather(*waiting), 60)
 
 
 async def test_whoever_leaves_is_forgotten():

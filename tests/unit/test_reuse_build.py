@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kvcore.clock import ManualClock
 from server.predict import reuse
 from server.predict.errors import ModelRefusedError
+from server.predict.messages import Inputs
 from server.predict.options import BudgetSpec, CanarySpec, FeatureSpec, ModelSpec
 from server.predict.reuse import Predictor, build_feature_model, register_predictor, registry
 from tests.unit.reuse_world import Half, Turning
@@ -34,8 +36,11 @@ def build(**spec):
         ({"max_bytes": 0}, "max_bytes"),
         ({"max_error": 0.0}, "max_error"),
         ({"budget": BudgetSpec(max_changed=1.0)}, "budget"),
+        ({"budget": BudgetSpec(max_changed=0.999)}, "budget"),  # no alarm could ever fire
         ({"canaries": (CanarySpec(name="main", share=0.1),)}, "canaries"),
         ({"canaries": (CanarySpec(name="a", share=0.6), CanarySpec(name="b", share=0.4))}, "canaries"),
+        ({"canaries": (CanarySpec(name="a", share=0.0),)}, "canaries"),
+        ({"canaries": (CanarySpec(name="a", share=1.5), CanarySpec(name="b", share=-0.7))}, "canaries"),
         ({"canaries": (CanarySpec(name="a", share=0.1, prefix=40),)}, "canary 'a': prefix"),
         ({"predictor": "nobody"}, "nobody"),
     ],
@@ -43,6 +48,35 @@ def build(**spec):
 def test_what_cannot_be_is_refused_by_name(spec, named):
     with pytest.raises(ModelRefusedError, match=named):
         build(**spec)
+
+
+def test_a_canary_has_what_it_says_and_the_rest_from_the_main_policy():
+    own = CanarySpec(name="own", share=0.2, lifetime_s=0.5, bin_width=0.5, budget=BudgetSpec(max_l2=0.25))
+    model = build(
+        min_lifetime_s=0.25,
+        prefix=8,
+        max_error=0.125,
+        budget=BudgetSpec(max_changed=0.05),
+        canaries=(own, CanarySpec(name="same", share=0.2)),
+    )
+    main, canary, same = model.reuse_report(max_keys=0).policies
+    assert (canary.lifetime_s, canary.bin_width, canary.max_changed, canary.max_l2) == (0.5, 0.5, 0.01, 0.25)
+    for each in (main, same):
+        assert (each.lifetime_s, each.bin_width, each.max_changed, each.max_l2) == (60.0, 0.0, 0.05, 0.0)
+    assert {each.num_key_features for each in (main, canary, same)} == {8}
+    assert {each.max_error for each in (main, canary, same)} == {0.125}
+
+
+def test_rows_in_one_bin_of_a_canary_go_to_one_policy():
+    """Whichever policy has the coarsest key decides what goes together."""
+    rows = np.zeros((60, 32), np.float32)
+    rows[:, 0] = np.linspace(-0.2, 0.2, 60)
+    for number in range(5):
+        rows[:, 1] = 10.0 * number
+        model = build(prefix=2, canaries=(CanarySpec(name="coarse", share=0.5, bin_width=1.0),))
+        inputs = Inputs(rows=rows.tobytes(), num_rows=60)
+        model.run(model.prepare(inputs, truncate=False, reuse=True, tenant=""))
+        assert {each.num_lookups for each in model.reuse_report(max_keys=0).policies} == {0, 60}
 
 
 def test_a_model_without_features_is_none_of_these():

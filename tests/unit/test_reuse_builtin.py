@@ -10,6 +10,7 @@ import pytest
 from server.predict.reuse.builtin import BuiltinEncoder, LinearHead, make_builtin
 from server.predict.reuse.certificate import BEND
 from server.predict.reuse.predictor import LipschitzCertificate
+from tests.campaigns import cases
 from tests.unit.reuse_world import BUILTIN, rows_of
 
 ENCODER = cast("BuiltinEncoder", BUILTIN.encoder)
@@ -73,18 +74,19 @@ def test_tanh_bends_no_more_than_the_certificate_says():
     assert BEND < 0.77
 
 
-def test_no_violation_over_fifty_thousand_random_inputs():
+def test_no_violation_over_random_inputs():
     total, certified = 0, 0
+    count = cases(500, full=5000)
     for seed, spread in enumerate((0.0, 1e-4, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e6)):
         draw = np.random.default_rng(seed)
-        cached = (draw.choice([0.1, 1.0, 5.0]) * draw.standard_normal((5000, 32))).astype(np.float32)
+        cached = (draw.choice([0.1, 1.0, 5.0]) * draw.standard_normal((count, 32))).astype(np.float32)
         rows = cached.copy()
-        rows[:, 24:] += (spread * draw.standard_normal((5000, 8))).astype(np.float32)
+        rows[:, 24:] += (spread * draw.standard_normal((count, 8))).astype(np.float32)
         error, bound = errors(cached, rows)
         assert (error <= bound).all()
         total += len(error)
         certified += (bound <= 0.05).sum()
-    assert total == 50_000
+    assert total == 10 * count
     assert certified > total / 4
 
 

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from server.predict.options import BudgetSpec
+from tests.campaigns import cases
 from tests.unit.reuse_world import TurningWorld
 
 BUDGET = BudgetSpec(max_changed=0.05)
@@ -24,7 +25,7 @@ def alarms(world):
 
 
 def test_without_drift_there_is_no_alarm_and_lifetimes_only_grow():
-    for seed in range(10):
+    for seed in range(cases(3, full=10)):
         world = TurningWorld(**SPEC, seed=seed)
         wrong = world.visit(seed, 300, noise=0.001)
         assert wrong[:, 0].sum() == 0
@@ -101,9 +102,10 @@ def test_one_key_that_drifts_is_stopped_alone():
 
 
 def test_the_false_alarm_rate_at_half_the_budget_is_small():
-    """40 worlds of some 1,500 comparisons at a true share of 2.5%: nothing is wrong, nothing may be told."""
+    """Worlds of some 1,500 comparisons at a true share of 2.5%: nothing is wrong, nothing may be told."""
     told, changed, reused = 0, 0, 0
-    for seed in range(40):
+    num_worlds = cases(8, full=40)
+    for seed in range(num_worlds):
         world = TurningWorld(**SPEC, seed=seed)
         draw = np.random.default_rng(seed)
         angles = np.linspace(0.0, 6.0, 300) + 0.01
@@ -118,7 +120,7 @@ def test_the_false_alarm_rate_at_half_the_budget_is_small():
             reused += sum(hits)
         told += len(alarms(world)) > 0
     assert 0.01 < changed / reused < 0.04
-    assert told <= 1
+    assert told <= num_worlds // 40
 
 
 def test_a_listener_may_ask_for_a_report():

@@ -9,6 +9,7 @@ import pytest
 
 from kvcore.risk import RiskBudget
 from server.predict.reuse.lifetimes import STOPPED, Comparison, Ladder, Lifetimes
+from tests.campaigns import cases
 
 KEY, OTHER = b"key", b"other"
 ENOUGH = 145
@@ -180,16 +181,17 @@ def test_without_a_limit_nothing_adapts():
 
 @pytest.mark.parametrize("share", [0.005, 0.025])
 def test_risk_below_the_budget_shortens_next_to_never(share):
-    """Half the budget, and a tenth: over 60 seeds of 1,000 comparisons of all ages."""
+    """Half the budget, and a tenth: over many seeds of 1,000 comparisons of all ages."""
     shortened = 0
-    for seed in range(60):
+    num_seeds = cases(12, full=60)
+    for seed in range(num_seeds):
         lifetimes, changes = make()
         draw = random.Random(seed)
         for number in range(1000):
             age = 8.0 * draw.random()
             lifetimes.observe(b"%d" % number, Comparison(age, 1.0, 0.0, draw.random() < share))
         shortened += any(change.after_s < change.before_s for change in changes)
-    assert shortened <= 1
+    assert shortened <= num_seeds // 60
 
 
 @pytest.mark.parametrize(("start", "settled"), [(1.0, (2.0, 4.0)), (8.0, (8.0,)), (64.0, (4.0, 8.0))])

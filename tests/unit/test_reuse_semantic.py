@@ -15,6 +15,7 @@ from server.predict.model import Prepared
 from server.predict.options import SemanticSpec
 from server.predict.reuse import SemanticModel
 from server.predict.reuse.threshold import NOTHING, Threshold
+from tests.campaigns import cases
 
 SIZE = 24
 MOVES = np.random.default_rng(1).standard_normal((1009, SIZE))
@@ -166,7 +167,7 @@ def test_repeats_within_a_batch_are_computed_once():
 
 
 def test_it_learns_without_reusing_anything_and_then_holds_the_rate():
-    for seed in range(3):
+    for seed in range(cases(1, full=3)):
         world = World(seed=seed)
         assert world.stream(seed, 400) == (0, 0)
         reused, wrong = world.stream(100 + seed, 6000)
@@ -222,20 +223,20 @@ def test_over_all_phases_the_rate_holds_in_the_long_run():
     """Every 5,000 texts the relation breaks for 500: the rate is held over everything, breaks included."""
     world = World()
     reused = wrong = 0
-    for seed in range(3):
+    for seed in range(cases(2, full=3)):
         for face, count in ((0, 5000), (1, 500)):
             world.inner.face = face
             if not face:
                 world.model.clear_reuse()
             more = world.stream(10 * seed + face, count)
             reused, wrong = reused + more[0], wrong + more[1]
-    assert reused > 3000
+    assert reused > 2000
     assert wrong / reused <= 0.05
 
 
 def test_no_alarm_without_drift_over_many_seeds():
     told = 0
-    for seed in range(8):
+    for seed in range(cases(3, full=8)):
         world = World(seed=seed)
         world.stream(seed, 2500)
         told += "alarm" in world.kinds()

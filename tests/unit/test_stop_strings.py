@@ -9,6 +9,7 @@ from server.engine.messages import Finish, Tokens
 from server.rpc.detokenizer import detokenizer_factory
 from server.rpc.samples import Sample
 from server.rpc.stop_strings import StopMatch, StopMatcher, StopStrings
+from tests.campaigns import cases
 from tests.rpc.harness import TOKENIZER
 
 letters = st.text("ab", min_size=1, max_size=6)
@@ -23,7 +24,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
     return end - len(stop), stop
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(200, full=1000), deadline=None)
 @given(st.lists(letters, min_size=1, max_size=5), st.lists(st.text("abc", max_size=5), max_size=12))
 def test_released_text_is_what_stands_before_the_first_stop(stops: list[str], pieces: list[str]) -> None:
     matcher = StopMatcher(StopStrings(stops))

@@ -116,10 +116,11 @@ class RedisReads:
     def try_again(self, worker: RedisWorker) -> None:
         """Measure Redis through the path that objects take; its health is the outcome."""
         shared, commands = self._shared, self._shared.commands
+        with shared.lock:
+            shared.known.doubt()  # before the answer: with it the tier is available, at once and to everybody
         try:
             latency_s = commands.ping(worker.call)
             with shared.lock:
-                shared.known.doubt()
                 shared.counters.latency_s = latency_s
                 shared.readable.notify_all()
                 shared.writable.notify_all()
