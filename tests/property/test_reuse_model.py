@@ -87,6 +87,8 @@ class ReuseAgainstModel(RuleBasedStateMachine):
         self.max_error, self.bin_width = max_error, bin_width
         self.kept: list[Kept] = []
         self.tick = 0
+        self.counted: dict[str, int] = {}
+        """When the number that a tenant holds last changed."""
         self.counts = Counter()
 
     # -- the model ----------------------------------------------------------------------------------
@@ -118,10 +120,18 @@ class ReuseAgainstModel(RuleBasedStateMachine):
 
     def keep(self, key, row):
         self.tick += 1
+        if all(each.key != key for each in self.kept):
+            self.counted[key[0]] = self.tick
         self.kept = [each for each in self.kept if each.key != key]
         self.kept.append(Kept(key, row, self.clock.now(), self.tick))
-        while len(self.kept) > self.room:
-            self.kept.remove(min(self.kept, key=lambda each: each.used))
+        if len(self.kept) > self.room:
+            held = Counter(each.key[0] for each in self.kept)
+            # Who holds the most gives up one; of two that do, the one that has held so many for longer.
+            tenant = min(held, key=lambda tenant: (-held[tenant], self.counted[tenant]))
+            own = [each for each in self.kept if each.key[0] == tenant]
+            self.kept.remove(min(own, key=lambda each: each.used))
+            self.tick += 1
+            self.counted[tenant] = self.tick
             self.counts["evicted"] += 1
 
     def expected(self, batch, tenant):

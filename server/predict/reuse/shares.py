@@ -1,7 +1,8 @@
 """Who gives up a place when there is none: of the owner that holds the most, what it used least recently.
 
 So a tenant that floods a cache pushes out its own entries once it holds more than the others, and a tenant
-that holds little keeps it. With one owner this is LRU.
+that holds little keeps it. Of several that hold the most, it is the one that has held so many for longest.
+With one owner this is LRU.
 """
 
 from __future__ import annotations
