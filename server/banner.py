@@ -35,7 +35,9 @@ def banner(config: ServerConfig, ready: EngineReady, predict: PredictReady | Non
         lines.append(f"tiers     {', '.join(tiers)}")
     if config.snapshots is not None:
         lines.append(f"snapshots {config.snapshots}")
-    if predict is not None:
+    if config.predict == "off":
+        lines.append("predict   off")
+    elif predict is not None:
         lines.append(f"predict   {_predict(predict)}")
     return [*lines, *(f"note      {note}" for note in ready.notes)]
 

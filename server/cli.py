@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ __all__ = ["main"]
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _SERVE_DESCRIPTION = """\
-Serve a decoder-only language model over gRPC.
+Serve a decoder-only language model over gRPC, and beside it models that classify, embed and predict.
 
 MODEL is "builtin" (a small model that is always there, for trying things out), a local folder, or the name of
 a repository on the hub, for example Qwen/Qwen3-0.6B. Weights are read from safetensors only; remote code is
@@ -35,7 +36,10 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2: it was called wrongly, 1: it could not do its work)."""
     parser = _parser()
-    given = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0])}")
+    given = vars(parsed)
     given.pop("command")
     config_file = given.pop("config", None)
     try:
@@ -89,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         else:
             group.add_argument(setting.flag, dest=setting.name, action="store_const", const="true", help=text)
     return parser
+
+
+def _hint(argument: str) -> str:
+    flags = [setting.flag for setting in SETTINGS.values()]
+    close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -59,6 +59,9 @@ def resolve(
             shown = "" if name in _MAY_HOLD_SECRETS else f", not {_shown(value)}"
             raise ConfigError(f"{source}: {error}{shown}") from error
     if isinstance(file := values.get("predict_models"), Path):
+        if not file.is_file():
+            source, _ = given["predict_models"]
+            raise ConfigError(f"{source}: {file}: no such catalogue file, and no NAME=SOURCE")
         values["predict_models"] = _catalogue(file)
     values["api_keys"] = _api_keys(values.get("api_keys_file"), inline_keys, config_file)
     config = ServerConfig(**values)
@@ -73,6 +76,8 @@ def _check_together(config: ServerConfig) -> None:
         raise ConfigError("--tls-client-ca needs --tls-certificate and --tls-key")
     if config.kv_memory is not None and config.num_blocks is not None:
         raise ConfigError("--kv-memory and --num-blocks exclude each other")
+    if config.predict == "on" and config.model_root is not None and not config.model_root.is_dir():
+        raise ConfigError(f"--model-root: {config.model_root} is not a folder")
 
 
 def _catalogue(file: Path) -> tuple[ModelSpec, ...]:

@@ -101,22 +101,26 @@ class ModelSlot:
 
     @property
     def stats(self) -> EngineStats | None:
-        return None if self._engine is None else self._engine.stats
+        engine = self._engine  # it may be unloaded while another thread asks for metrics
+        return None if engine is None else engine.stats
 
     @property
     def num_restarts(self) -> int:
         """Return how often the present engine came back after it was lost."""
-        return 0 if self._engine is None else self._engine.num_restarts
+        engine = self._engine
+        return 0 if engine is None else engine.num_restarts
 
     @property
     def is_given_up(self) -> bool:
         """Say whether the engine was lost and will not come back by itself."""
-        return self._engine is not None and self._engine.is_given_up
+        engine = self._engine
+        return engine is not None and engine.is_given_up
 
     @property
     def quarantine(self) -> QuarantineCounts:
         """Return what is suspected, and refused, for the present engine."""
-        return QuarantineCounts() if self._engine is None else self._engine.quarantine
+        engine = self._engine
+        return QuarantineCounts() if engine is None else engine.quarantine
 
     async def start(self) -> None:
         await self.load()

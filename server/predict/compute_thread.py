@@ -48,13 +48,19 @@ class ComputeThread:
         self._thread.start()
 
     def close(self) -> bool:
-        """End the thread after its batch; False: that is not over yet, and the model still in use."""
+        """End the thread after its batch; False: that is not over yet, and the model still in use.
+
+        The desk is closed: what the reader may be computing is the last of its batches, and waited for too.
+        """
         with self._desk.lock:
             self._is_stopped = True
             self._desk.work.notify_all()
         if self._thread.ident is not None:
             self._thread.join(JOIN_S)
-        return not self._thread.is_alive()
+        if self._thread.is_alive() or not self._baton.acquire(timeout=JOIN_S):
+            return False
+        self._baton.release()
+        return True
 
     def help_out(self) -> Sequence[OpenCall]:
         """Compute quick calls here and now; return those that are to go the long way. The reader thread."""
@@ -84,9 +90,10 @@ class ComputeThread:
         except Exception as error:
             # Not a model's fault, that is dealt with below: nothing known of calls can be trusted any more.
             log.exception("the compute thread has broken")
-            # It looks to the watchdog like a batch that never ends.
-            self.turn_started = self._clock.now()
-            self._desk.close(error, drain_s=0.0)
+            with self._baton:  # else a batch of the reader's could end meanwhile, and say that all is well
+                # It looks to the watchdog like a batch that never ends.
+                self.turn_started = self._clock.now()
+                self._desk.close(error, drain_s=0.0)
 
     def _wait(self, until_s: float | None, num_added: int) -> None:
         """Wait for something new to compute since ``num_added`` were, or for a time."""
@@ -121,7 +128,11 @@ class ComputeThread:
         """Prepare and compute calls of one model that are in use."""
         desk, lease = self._desk, calls[0].lease
         assert lease is not None
-        faults = prepare_together(lease.model, calls)
+        self.turn_started = self._clock.now()  # a model may hang in this as well
+        try:
+            faults = prepare_together(lease.model, calls)
+        finally:
+            self.turn_started = None
         if faults:
             out = Outgoing()
             with desk.lock:

@@ -9,7 +9,8 @@
 
 A model's bytes are reserved before it is read, so that two loads cannot both take the last room. Room is made
 candidates first: if unloading everything idle would not be enough, nothing is unloaded. A model larger than
-all the memory is refused at once; one that fits but for models in use waits a while for them.
+all the memory is refused at once; one that fits but for models in use waits a while for them, and for loads
+that have reserved before it as long as they take.
 
 One is built at a time: two would share the processor, and the disk.
 """
@@ -228,14 +229,18 @@ class Loading:
         shelf = self._shelf
         if not shelf.limits.can_ever_hold(needed):
             raise ModelTooLargeError("the model is larger than the memory for models")
-        end_s = shelf.clock.now() + ROOM_WAIT_S
+        end_s: float | None = None
         with shelf.lock:
-            while True:
-                victims = shelf.limits.choose_victims(shelf.slots.values(), slot, needed)
-                if victims is not None:
-                    break
-                left_s = end_s - shelf.clock.now()
-                if shelf.is_closed or left_s <= 0 or not shelf.changed.wait(left_s):
+            # They end, and this one could not be built before. Who has reserved waits for no others: two that
+            # turn out larger would wait for each other.
+            ahead = [] if slot.has_reserved else [one for one in shelf.slots.values() if one.has_reserved]
+            while (victims := shelf.limits.choose_victims(shelf.slots.values(), slot, needed)) is None:
+                left_s: float | None = None
+                if not any(one.has_reserved for one in ahead):
+                    now_s = shelf.clock.now()
+                    end_s = now_s + ROOM_WAIT_S if end_s is None else end_s
+                    left_s = max(0.0, end_s - now_s)
+                if shelf.is_closed or not shelf.changed.wait(left_s):
                     raise ModelTooLargeError(
                         "the memory for models is held by models in use", retry_after_s=ROOM_WAIT_S
                     )

@@ -87,7 +87,7 @@ _NOT_SERVING = {
     PredictState.DRAINING: "the server is shutting down",
 }
 _QUARANTINED = "the predict process has died each time it computed this; it is not tried again for a while"
-_NOT_COMPUTED = (FailureKind.LOST, FailureKind.OVERLOADED, FailureKind.QUARANTINED)
+_COMPUTED = (None, FailureKind.INPUT, FailureKind.WRONG_TASK, FailureKind.COMPUTE, FailureKind.INTERNAL)
 
 PredictChild = Child[FromPredict, PredictReady]
 _OpenCall = tuple[asyncio.Future[PredictAnswer | CallFailed], PredictCall]
@@ -298,7 +298,7 @@ class PredictProcess(KeptProcess[PredictState, FromPredict, PredictReady]):
         if kind is FailureKind.EXPIRED:
             self._quarantine.leave(call_id, call)  # it may be in a batch all the same
         elif self._quarantine.is_active:
-            end = self._quarantine.release if kind in _NOT_COMPUTED else self._quarantine.acquit
+            end = self._quarantine.acquit if kind in _COMPUTED else self._quarantine.release
             end(call_id)
         if not answer.done():
             answer.set_result(said)

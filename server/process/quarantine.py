@@ -14,13 +14,14 @@ process died makes room for the next one before it ends; should the process stil
 of the two, and neither gets that benefit again. With this a request has killed the process three times at the
 most, twice as a rule.
 
-Requests are known by a keyed digest of what they compute. As long as nobody is suspected none is taken: the
-one thing asked of a request is ``is_active``.
+Requests are known by a keyed digest of what they compute. As long as nobody is suspected none is taken, but
+of requests whose callers leave before the end: the one thing asked of a request is ``is_active``.
 """
 
 from __future__ import annotations
 
 import hmac
+import itertools
 import logging
 import secrets
 import time
@@ -128,10 +129,11 @@ class Quarantine(Generic[RequestT]):
         """Suspects that are in the process, the probationer among them."""
         self._waiting: dict[int, _Waiter[RequestT]] = {}
         """In the order of their coming. Empty whenever there is no probationer."""
-        self._left: dict[int, tuple[RequestT, float]] = {}
+        self._left: dict[int, tuple[Fingerprint, float]] = {}
         """Still in the process, perhaps; and since when nobody waits for them."""
+        self._accused: list[Fingerprint] = []
         self._witnesses: list[Witness[RequestT]] = []
-        """Between ``died`` and ``judge``."""
+        """Both between ``died`` and ``judge``: of those who had left, and of the others."""
         self._num_quarantined = 0
         self._num_refused = 0
         self.is_active = False
@@ -203,11 +205,12 @@ class Quarantine(Generic[RequestT]):
         """A request's caller has gone before its end.
 
         The process may be in the middle of it, so that it stays what it is until a later turn has begun.
+        Costs a digest, so that nothing large is kept.
         """
         if ticket in self._waiting:
             self.withdraw(ticket)
         elif self._keep_s:
-            self._left[ticket] = request, self._now()
+            self._left[ticket] = self._fingerprint(request), self._now()
             if len(self._left) > MAX_LEFT:
                 self._forget_left(next(iter(self._left)))
 
@@ -232,9 +235,9 @@ class Quarantine(Generic[RequestT]):
         The most suspicious come first. Nobody waits here any more: whatever is open has to be failed now,
         and what takes longer is done in ``judge``.
         """
-        left = [Witness(ticket, request) for ticket, (request, _) in self._left.items()]
         waiting, inside, probationer = self._waiting, self._inside, self._probationer
-        self._witnesses = [*left, *(one for one in witnesses if one.ticket not in waiting)]
+        self._accused = [fingerprint for fingerprint, _ in self._left.values()]
+        self._witnesses = [one for one in witnesses if one.ticket not in waiting]
         self._forget_process()
         if probationer is not None:
             self._convict(inside.pop(probationer), inside.values())
@@ -242,18 +245,22 @@ class Quarantine(Generic[RequestT]):
 
     def judge(self) -> None:
         """Suspect whom ``died`` has been told of. Costs a digest each."""
-        witnesses, self._witnesses = self._witnesses[:MAX_REMEMBERED], []
+        accused, self._accused = self._accused, []
+        witnesses, self._witnesses = self._witnesses, []
         if not self._keep_s:
             return
         until_s = self._now() + self._keep_s
         seen: set[Fingerprint] = set()
-        for one in witnesses:
-            fingerprint = self._fingerprint(one.request)
+        all_of_them = itertools.chain(
+            ((fingerprint, 0) for fingerprint in accused),
+            ((self._fingerprint(one.request), one.progress) for one in witnesses),
+        )
+        for fingerprint, progress in itertools.islice(all_of_them, MAX_REMEMBERED):
             if fingerprint in self._quarantined:
                 continue
             suspect = self._suspects.pop(fingerprint, None) or _Suspect(until_s)
             suspect.until_s = until_s
-            suspect.progress = max(suspect.progress, one.progress)
+            suspect.progress = max(suspect.progress, progress)
             if fingerprint not in seen:
                 seen.add(fingerprint)
                 suspect.num_deaths += 1

@@ -13,7 +13,7 @@
     ├── PrefixNotFound       NOT_FOUND            no such prefix, namespace or snapshot
     ├── PrefixInUse          FAILED_PRECONDITION  held by running requests or hard pins
     ├── NotSupported         FAILED_PRECONDITION  this server is not configured for it
-    ├── PinBudgetExceeded    RESOURCE_EXHAUSTED
+    ├── PinBudgetExceeded    FAILED_PRECONDITION
     ├── SnapshotExists       ALREADY_EXISTS
     ├── ResponseTooLarge     RESOURCE_EXHAUSTED   the unary answer exceeds the message limit
     ├── QueueFull            RESOURCE_EXHAUSTED   with RetryInfo and pushback

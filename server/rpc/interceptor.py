@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _HEALTH = "/grpc.health.v1.Health/"
 _OURS = ("/kvserve.", "/inference.")
 _ABORT_TIMEOUT_S = 1.0
-"""How long the status may wait behind messages that the client does not read, before the stream is reset."""
+"""How long the status may wait behind messages that the client does not read, before the call is given up."""
 
 Context = aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any], Awaitable[Any]]

@@ -66,7 +66,8 @@ def _folder_of(model: str, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise ModelFilesError(f"{model}: no such folder")
+        hint = "" if "/" in model or model.startswith((".", "~")) else "; a model of the hub is OWNER/NAME"
+        raise ModelFilesError(f"{model}: no such folder{hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

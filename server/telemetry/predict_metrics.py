@@ -186,7 +186,7 @@ def _of_reuse(rows: Sequence[tuple[str, str, PolicyReport]]) -> Iterator[Metric]
     )
     yield _gauge(
         "reuse_risk",
-        "What reuse costs in correctness: estimate, and ends of its 95% intervals.",
+        "What reuse costs in correctness: estimate, and both ends of its interval.",
         [
             ((model, version, p.name, measure, bound), value)
             for model, version, p in rows

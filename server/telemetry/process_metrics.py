@@ -52,37 +52,40 @@ class ProcessCollector(Collector):
         """Yield the metrics."""
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
         yield self._each(
-            counter, "process_restarts", "Times that it was started again.", lambda p: p.num_restarts
+            counter, "process_restarts", "Times that the process was started again.", lambda p: p.num_restarts
         )
         yield self._each(
-            gauge, "process_given_up", "1 once it does not start any more.", lambda p: p.is_given_up
+            gauge, "process_given_up", "1 once the process does not start any more.", lambda p: p.is_given_up
         )
         yield self._each(
             gauge,
             "quarantine_suspects",
-            "Different requests that were in it when it died.",
+            "Different requests that were in the process when it died.",
             lambda p: p.quarantine.num_suspects,
         )
         yield self._each(
             gauge,
             "quarantine_waiting",
-            "Suspects that wait for their turn.",
+            "Requests that wait for their turn, for such a one is suspected.",
             lambda p: p.quarantine.num_waiting,
         )
         yield self._each(
             gauge,
             "quarantine_requests",
-            "Different requests that are refused now, for it has died of them.",
+            "Different requests that are refused now, for the process has died of them.",
             lambda p: p.quarantine.num_in_quarantine,
         )
         yield self._each(
             counter,
             "quarantined_requests",
-            "As many as there ever were.",
+            "Requests that were quarantined since the start.",
             lambda p: p.quarantine.num_quarantined,
         )
         yield self._each(
-            counter, "quarantine_refusals", "Calls refused for that.", lambda p: p.quarantine.num_refused
+            counter,
+            "quarantine_refusals",
+            "Calls refused because they are in quarantine.",
+            lambda p: p.quarantine.num_refused,
         )
 
     def _each(

@@ -24,8 +24,9 @@ from server.engine.interface import EngineState
 from server.engine.messages import Admitted, Failed, FailureKind, Finished, GenerateSpec, Refused, Tokens
 from server.engine.options import EngineOptions
 from server.engine.process import EngineProcess
-from server.predict.errors import PredictLostError, QuarantinedError
+from server.predict.errors import PredictError, PredictLostError, QuarantinedError
 from server.predict.interface import PredictState
+from server.predict.messages import FailureKind as CallFailureKind
 from server.predict.messages import Inputs, PredictAnswer
 from server.predict.options import PredictOptions
 from server.predict.process import PredictProcess
@@ -274,6 +275,27 @@ async def test_a_call_that_hangs_the_process_is_found_though_its_caller_never_wa
         await until(lambda times=times: predict.num_restarts == times)  # type: ignore[misc]
     with pytest.raises(QuarantinedError):
         await ask(predict, "hang", 1)
+
+
+async def test_a_call_whose_model_cannot_be_loaded_now_is_suspected_as_before(
+    predict: PredictProcess,
+) -> None:
+    """It was let go as if it had been computed, and could kill twice more."""
+
+    async def fail(kind: CallFailureKind) -> None:
+        with pytest.raises(PredictError):
+            await ask(predict, "fail", 1, version=kind.value)
+
+    kinds = (CallFailureKind.MODEL_TOO_LARGE, CallFailureKind.MODEL_REFUSED, CallFailureKind.COMPUTE)
+    hanging = asyncio.ensure_future(predict.predict("hang", rows(1)))
+    while not predict.num_open_calls:
+        await asyncio.sleep(0)
+    await asyncio.gather(*map(fail, kinds))  # with the process when the watchdog ends it
+    assert isinstance((await asyncio.gather(hanging, return_exceptions=True))[0], PredictLostError)
+    assert predict.quarantine.num_suspects == 4
+    for kind in kinds:
+        await fail(kind)
+    assert predict.quarantine.num_suspects == 3  # that one was computed
 
 
 async def test_suspects_wait_in_turn_and_the_drain_waits_for_them(predict: PredictProcess) -> None:

@@ -50,6 +50,7 @@ async def test_errors_are_one_line_with_the_field_and_an_exit_code(target):
         (("predict", "nobody", "x"), 1, "no such model is served here"),
         (("embed", "sizes", "x"), 2, "model: the model gives no vectors"),
         (("models", "load", "news", "--source", "/etc"), 2, "source: must be a folder below the model root"),
+        (("predict", "risk", "--features", "no.csv"), 2, "no.csv: No such file or directory"),
         (("models", "reuse", "nobody"), 1, "no such model is served here"),
     ):
         got, out, err = await kvctl(*arguments, "--target", target)

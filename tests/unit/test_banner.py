@@ -41,6 +41,10 @@ def test_tiers_trials_and_snapshots_are_named_and_no_credentials() -> None:
     ]
 
 
+def test_a_server_without_predict_says_so() -> None:
+    assert "predict   off" in lines_of(ServerConfig(predict="off"))
+
+
 def test_models_that_could_not_be_preloaded_are_not_called_loaded() -> None:
     states = (("minilm", ModelPhase.READY), ("hurt", ModelPhase.FAILED))
     preloaded = tuple(

@@ -158,7 +158,7 @@ def test_served_name(flags: dict[str, object], name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "--prot", "1"], "unrecognized arguments: --prot"),
+        (["serve", "--prot", "1"], "unrecognized arguments: --prot; did you mean --port?"),
         (["serve", "--port"], "expected one argument"),
         (["serve", "--port", "x"], "--port: must be a whole number"),
         ([], "the following arguments are required: COMMAND"),

@@ -20,15 +20,19 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SAMPLE_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
 
 
-def known_samples():
+def known_metrics():
+    """Return the names of all metrics, without the suffixes of their samples."""
     registry = CollectorRegistry()
     FrontEndMetrics(registry, model_name="m")
     registry.register(EngineCollector(FakeEngine(), model_name="m"))
     PredictMetrics(registry)
     registry.register(PredictCollector(full_backend()))
     registry.register(ProcessCollector({"engine": FakeEngine()}))
-    names = {metric.name for metric in registry.collect()}
-    return {name + suffix for name in names for suffix in SAMPLE_SUFFIXES}
+    return {metric.name for metric in registry.collect()}
+
+
+def known_samples():
+    return {name + suffix for name in known_metrics() for suffix in SAMPLE_SUFFIXES}
 
 
 async def test_the_dashboard_asks_for_metrics_that_exist():

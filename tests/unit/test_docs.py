@@ -34,8 +34,9 @@ from server.predict.errors import (
 )
 from server.predict.options import FeatureSpec, ModelSpec, PredictOptions, SemanticSpec
 from server.predict.reuse import build_feature_model
+from server.rpc.errors import ResponseTooLarge
 from server.rpc.predict_errors import error_from_predict, predict_is_off
-from tests.unit.test_deploy import known_samples
+from tests.unit.test_deploy import known_metrics, known_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "client" / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -123,25 +124,22 @@ def test_the_yaml_example_names_settings() -> None:
     assert set(yaml.safe_load(example)) <= set(SETTINGS)
 
 
-def test_metrics_that_are_named_exist() -> None:
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    folder = ROOT / "server" / "telemetry"
-    source = "".join(
-        (folder / name).read_text(encoding="utf-8") for name in ("metrics.py", "process_metrics.py")
-    )
-    names = [name for name in re.findall(r"`kvserve_([a-z_]+)`", text) if not name.startswith("predict_")]
-    assert len(names) > 10
-    for name in names:
-        bare = name.removesuffix("_total")
-        assert re.search(rf'"(kvserve_)?({bare}|{bare.removeprefix("cache_tier_")})"', source), name
+async def test_metrics_that_are_named_exist_and_none_is_missing() -> None:
+    named: set[str] = set()
+    for document in ("operations.md", "predict.md"):
+        text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+        for start, inner, end in re.findall(r"`(kvserve_[a-z0-9_]*)(?:\{([a-z_,]+)\}([a-z_]*))?`", text):
+            named |= {start + part + end for part in inner.split(",")}
+    assert named - known_samples() == set()
+    assert known_metrics() - {re.sub(r"_(total|info)$", "", name) for name in named} == set()
 
 
-@pytest.mark.parametrize("document", ["operations.md", "predict.md"])
-async def test_metrics_of_predict_that_are_named_exist(document: str) -> None:
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
-    names = set(re.findall(r"`(kvserve_predict_[a-z_]+)`", text))
-    assert len(names) > 4
-    assert names <= known_samples()
+def test_every_flag_is_explained() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS if path.parent.name == "docs")
+    named = set(FLAG.findall(text))
+    # For benchmarks alone, but for MODEL, which is no flag.
+    others = {"--model", "--random-weights", "--seed"}
+    assert {setting.flag for setting in SETTINGS.values()} - named == others
 
 
 def yaml_examples(document: Path) -> list[str]:
@@ -186,7 +184,7 @@ def test_reasons_of_errors_that_are_named_exist() -> None:
         ComputeError("x"),
         QuarantinedError("x"),
     ]
-    answers = [*map(error_from_predict, errors), predict_is_off()]
+    answers = [*map(error_from_predict, errors), predict_is_off(), ResponseTooLarge("x")]
     assert len(named) == len(answers)
     for answer in answers:
         code = answer.code.name

@@ -67,6 +67,54 @@ def test_a_load_that_waits_for_room_is_woken_by_the_lease_that_ends(
     assert world.loader.loaded() == ["b"]
 
 
+def test_a_model_waits_for_loads_that_have_reserved_before_it_as_long_as_they_take(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused after a while, as if requests held the memory, though it could not be built before."""
+    monkeypatch.setattr(loading, "ROOM_WAIT_S", 0.0)
+    world, waits = make_world({"slow": 60, "next": 60}, memory=100), threading.Event()
+
+    class Watched(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is None, "it has a limit"
+            waits.set()
+            return super().wait()
+
+    gate = world.loader.gates["slow"] = threading.Event()
+    slow = world.ask(entry("slow"))
+    assert world.loader.begun.acquire(timeout=PATIENCE_S)
+    shelf = world.cache._shelf
+    shelf.changed = Watched(shelf.lock)
+    waiting = world.ask(entry("next"))
+    assert waits.wait(PATIENCE_S)
+    slow.add_done_callback(lambda done: done.result().release())  # idle before anybody looks
+    gate.set()
+    waiting.result(PATIENCE_S).release()
+    assert world.loader.loaded() == ["next"]
+
+
+def test_two_models_that_turn_out_larger_do_not_wait_for_each_other(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "ROOM_WAIT_S", 0.1)
+    world = make_world({"one": 90, "two": 90}, memory=100)
+    understate(world, "one", 40)
+    understate(world, "two", 40)
+    gate = world.loader.gates["one"] = threading.Event()
+    one = world.ask(entry("one"))
+    assert world.loader.begun.acquire(timeout=PATIENCE_S)
+    two = world.ask(entry("two"))
+    while world.cache.num_bytes < 80:  # it has reserved, too
+        threading.Event().wait(0.001)
+    gate.set()
+    ends = [answer.exception(PATIENCE_S) for answer in (one, two)]
+    assert {type(error) for error in ends} <= {ModelTooLargeError, type(None)}
+    for answer, error in zip((one, two), ends, strict=True):
+        if error is None:
+            answer.result().release()
+    assert world.cache.num_bytes in (0, 90)
+
+
 def test_a_model_counts_with_what_it_takes_and_not_with_what_its_files_said(make_world: MakeWorld) -> None:
     world = make_world({"a": 60, "b": 30}, memory=100)
     understate(world, "a", 10)

@@ -73,6 +73,14 @@ def test_an_empty_source_is_refused() -> None:
         models(predict_models="a=")
 
 
+def test_folders_and_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--predict-models: minilm: no such catalogue file"):
+        models(predict_models="minilm")
+    with pytest.raises(ConfigError, match=f"--model-root: {tmp_path}/models is not a folder"):
+        models(model_root=f"{tmp_path}/models")
+    assert resolve({"model_root": f"{tmp_path}/models", "predict": "off"}, {}).predict == "off"
+
+
 def test_catalogue_file(tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text(CATALOGUE)

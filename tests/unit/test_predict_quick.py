@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Sequence
+
+import pytest
 
 from server.predict.catalogue import ModelKey
 from server.predict.errors import InputError
 from server.predict.messages import FailureKind, Inputs, Output
 from server.predict.model import Prepared
 from server.predict.quick import MAX_MODELS, TRY_EVERY, TRY_RUN, QuickCalls
-from tests.predict_kit import Gate, HostKit, RowModel, rows_of, texts_of, values_of
+from tests.predict_kit import PATIENCE_S, Gate, HostKit, RowModel, rows_of, texts_of, values_of
+
+KEY = ModelKey("rows", "1")
 
 
 class NotingModel(RowModel):
@@ -38,11 +43,19 @@ def kit_with(model: RowModel) -> HostKit:
 
 
 def learn_cost(kit: HostKit) -> None:
-    """Let a few calls show what they cost: before that nobody knows that they are quick."""
+    """Let a few calls show what they cost: before that nobody knows that they are quick.
+
+    What was measured then gives way to what an idle machine would have shown.
+    """
     for _ in range(20):
         call_id = kit.call("rows", rows_of([1, 0, 0, 0]))
         kit.host.settle()
         kit.answer(call_id)
+    quick = kit.host._desk.quick
+    with kit.host._desk.lock:
+        assert quick._costs.pop(KEY, None) is not None
+        for _ in range(10):
+            quick.learn(KEY, 1, 1e-6)
 
 
 def test_calls_that_came_together_are_one_batch_of_the_reader() -> None:
@@ -117,6 +130,61 @@ def test_call_that_is_cancelled_before_it_is_settled_keeps_nobody_waiting() -> N
         kit.cancel(first)
         kit.host.settle()
         assert values_of(kit.answer(second)) == [[2.0]]
+
+
+def test_models_stay_open_until_the_reader_has_computed() -> None:
+    """Closing waited for the compute thread alone."""
+    model = NotingModel()
+    kit = kit_with(model)
+    with kit:
+        learn_cost(kit)
+        gate = model.gate = Gate()
+        call_id = kit.call("rows", rows_of([1, 0, 0, 0]))
+        reader = threading.Thread(target=kit.host.settle)
+        reader.start()
+        gate.wait_until_reached()
+        closer = threading.Thread(target=kit.host.close)
+        closer.start()
+        assert kit.failure(call_id).kind is FailureKind.LOST  # it closes
+        closer.join(0.2)
+        assert closer.is_alive()
+        assert not model.is_closed
+        gate.open()
+        for thread in (reader, closer):
+            thread.join(PATIENCE_S)
+        assert model.is_closed
+
+
+def test_a_broken_compute_thread_stays_known_though_the_reader_ends_a_batch_after_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The end of that batch took back what the watchdog was to see: every call was refused for ever."""
+    model = NotingModel()
+    kit = kit_with(model)
+    with kit, caplog.at_level(logging.CRITICAL):
+        learn_cost(kit)
+        compute = kit.host._compute
+        breaking = Gate()
+
+        def break_down(*_: object) -> None:
+            breaking.pass_through()
+            raise RuntimeError("nobody has foreseen this")
+
+        compute._wait = break_down  # type: ignore[method-assign, assignment]
+        with kit.host._desk.lock:
+            kit.host._desk.work.notify_all()
+        breaking.wait_until_reached()
+        gate = model.gate = Gate()
+        kit.call("rows", rows_of([1, 0, 0, 0]))
+        reader = threading.Thread(target=kit.host.settle)
+        reader.start()
+        gate.wait_until_reached()
+        breaking.open()
+        compute._thread.join(0.2)
+        gate.open()
+        for thread in (reader, compute._thread):
+            thread.join(PATIENCE_S)
+        assert kit.host.turn_started is not None
 
 
 class PreparingModel(NotingModel):
@@ -206,9 +274,6 @@ def test_a_quick_call_whose_deadline_comes_before_it_is_settled_is_not_computed(
         kit.host.settle()
         assert kit.failure(late).kind is FailureKind.EXPIRED
         assert model.batches == []
-
-
-KEY = ModelKey("rows", "1")
 
 
 def is_quick(quick: QuickCalls, count: int) -> list[bool]:

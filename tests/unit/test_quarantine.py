@@ -79,13 +79,14 @@ def world() -> World:
     return World()
 
 
-def test_while_nobody_is_suspected_nothing_is_digested(world: World) -> None:
+def test_while_nobody_is_suspected_only_what_is_left_is_digested(world: World) -> None:
     tickets = [world.submit(str(k)) for k in range(100)]
     for ticket in tickets:
         world.answer(ticket)
+    assert (world.num_encoded, world.quarantine.is_active) == (0, False)
     world.leave(world.submit("left"), "left")
     world.quarantine.turn_began(10.0)
-    assert (world.num_encoded, world.quarantine.is_active) == (0, False)
+    assert (world.num_encoded, world.quarantine.is_active) == (1, False)
     assert world.quarantine.counts == QuarantineCounts()
 
 

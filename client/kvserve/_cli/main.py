@@ -54,8 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who read our output has gone (``kvctl ... | head``). Keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError) as error:  # A certificate that can't be read, an option that can't work.
-        complain(str(error))
+    except (OSError, ValueError) as error:  # A file that can't be read, an option that can't work.
+        if isinstance(error, OSError) and error.filename is not None:
+            complain(f"{error.filename}: {error.strerror}")
+        else:
+            complain(str(error))
         return EXIT_USAGE
 
 

@@ -67,7 +67,7 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--source",
         metavar="SOURCE",
-        help="add this version first: a folder on the server, hf:owner/name@commit or models:/name/version",
+        help="add this version first: a folder below the model root, hf:owner/name@commit or models:/name/N",
     )
     load.add_argument("--task", help="with --source: classify, classify_tokens, regress or embed")
     load.add_argument("--pooling", help="with --source: mean, cls or last")
@@ -90,8 +90,10 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
     watch.add_argument("name", nargs="?", help="only this model (default: all)")
     watch.add_argument("--count", type=int, metavar="N", help="end after so many events")
     clear = add("clear-reuse", models_reuse.clear_reuse, "forget what is kept for reuse")
+    unnamed = {load: "latest; with --source the next number", unload: "all", clear: "all"}
     for verb in (show, load, unload, reuse, clear):
-        verb.add_argument("--version", metavar="VERSION", help="of a predict model; or an alias")
+        text = f"of a predict model, or an alias (default: {unnamed.get(verb, 'latest')})"
+        verb.add_argument("--version", metavar="VERSION", help=text)
 
 
 def _share(text: str) -> float:

@@ -134,10 +134,10 @@ class NoTiers:
         return PrefetchReport()
 
     def save(self, name: str, *, namespace: PrefixDigest | None, replace: bool) -> SnapshotWork:
-        raise OperationRefused(AdminErrorKind.UNSUPPORTED, "no snapshot folder is configured")
+        raise OperationRefused(AdminErrorKind.UNSUPPORTED, "no snapshot folder is configured (--snapshots)")
 
     def restore(self, name: str) -> SnapshotWork:
-        raise OperationRefused(AdminErrorKind.UNSUPPORTED, "no snapshot folder is configured")
+        raise OperationRefused(AdminErrorKind.UNSUPPORTED, "no snapshot folder is configured (--snapshots)")
 
 
 class TrialView(Protocol):
