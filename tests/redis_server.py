@@ -16,6 +16,8 @@ from typing import Self
 
 import pytest
 
+from tests.signals import stop_process
+
 __all__ = ["FaultyProxy", "RedisServer", "redis_server"]
 
 BINARY = shutil.which("redis-server")
@@ -62,7 +64,7 @@ class RedisServer:
     def freeze(self) -> None:
         """Let it accept connections and answer nothing."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        stop_process(self.process.pid)
 
     def thaw(self) -> None:
         assert self.process is not None

@@ -37,6 +37,7 @@ from server.predict.options import FeatureSpec, ModelSpec, PredictOptions
 from server.predict.process import PredictProcess, PredictStartError
 from server.process import keeper
 from server.process.child import ChildLimits
+from tests.signals import stop_process
 
 
 def process_of(order: str | None = None, **limits: float) -> PredictProcess:
@@ -260,7 +261,7 @@ async def test_a_message_that_chokes_the_reader_replaces_the_process(process: Pr
 
 
 async def test_operations_fail_with_the_process(process: PredictProcess):
-    os.kill(pid_of(process), signal.SIGSTOP)
+    stop_process(pid_of(process))
     asking = [asyncio.ensure_future(process.models()), asyncio.ensure_future(process.describe("m"))]
     await asyncio.sleep(0)
     os.kill(pid_of(process), signal.SIGKILL)

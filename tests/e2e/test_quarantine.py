@@ -33,6 +33,7 @@ from server.predict.process import PredictProcess
 from server.process.child import ChildLimits
 from tests.e2e.predict_server import PredictServer, predict_server
 from tests.fakes import Poison, expected, spec_of
+from tests.signals import stop_process
 
 ENDLESS = 1_000_000
 
@@ -330,7 +331,7 @@ async def test_a_stopped_process_is_replaced_long_before_one_that_is_silent_at_w
     assert pid is not None
     assert await ask(process, "grip", 3) == 3
     assert process.pid == pid
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     with pytest.raises(PredictLostError):
         await asyncio.wait_for(process.predict("echo", rows(1)), 30)
     assert await ask(process, "echo", 4) == 4
@@ -485,7 +486,7 @@ async def test_a_predict_process_that_is_stopped_ends_its_calls_turns_health_and
     stopped = running.process.predict()
     with health_of(running, "kvserve.v1.PredictService") as health:
         assert (await asyncio.to_thread(next, health)).status == SERVING
-        os.kill(stopped.pid, signal.SIGSTOP)
+        stop_process(stopped.pid)
         with pytest.raises(kvserve.Unavailable):
             await features_of(client, HARMLESS)
         assert (await asyncio.to_thread(next, health)).status == NOT_SERVING
