@@ -113,5 +113,24 @@ class Asker:
                 raise ProcessFailed(f"{tier} has {found} of {num_blocks} blocks of a prefix")
             time.sleep(POLL_S)
 
+    def store_in_tier(self, tier: str, prefix: list[int]) -> None:
+        """Ask for ``prefix`` until a tier has every full block of it; the device is clear afterwards.
+
+        Tiers are written behind, and what is cleared before that is lost to them. Raises ``ProcessFailed``.
+        """
+        num_blocks = len(prefix) // self.cache.stats().block_size
+        until = time.monotonic() + self._timeout_s
+        pause_s = POLL_S
+        while True:
+            self.clear_device()
+            found = self._blocks_in(tier, prefix)
+            if found >= num_blocks:
+                return
+            if time.monotonic() > until:
+                raise ProcessFailed(f"{tier} has {found} of {num_blocks} blocks of a prefix")
+            self.ask(prefix)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+
     def _blocks_in(self, tier: str, prefix: list[int]) -> int:
         return sum(entry.blocks for entry in self.cache.lookup(prefix).tiers if entry.tier == tier)

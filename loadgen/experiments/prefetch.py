@@ -113,9 +113,8 @@ def _ask_in_rounds(
         ]
         for prefix in prefixes:
             asker.ask(prefix)
-        asker.clear_device()
         for prefix in prefixes:
-            asker.wait_for_tier("disk", prefix)
+            asker.store_in_tier("disk", prefix)
         for number in range(sizes.rounds):
             asker.clear_device()
             before = asker.cache.stats()

@@ -1,12 +1,14 @@
 """Frames of ``kvctl cache top`` from real answers, and what keys do to them. No terminal."""
 
 import io
+import signal
 
 import pytest
 from rich.console import Console
 
 import kvserve
 from kvserve._cli.top_frame import render
+from kvserve._cli.top_terminal import Keys, raising_on_termination
 from kvserve._cli.top_view import Sample, View, recent_rates, take_sample
 from kvserve.testing import MockTransport
 from kvserve.v1 import cache_admin_pb2 as pb
@@ -190,3 +192,14 @@ def test_a_filter_that_means_one_namespace_is_the_servers_work():
         several = take_sample(client, model="", filter_text="ns-")
     assert transport.requests[-1].namespace == ""
     assert [info.namespace for info in several.prefixes] == ["ns-1"]
+
+
+def test_a_signal_that_comes_before_the_wait_ends_it_all_the_same():
+    """Else a termination just before the wait for keys would be noticed with the next key."""
+    with raising_on_termination(), Keys() as keys:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        assert keys._selector.select(timeout=0)
+        assert keys.wait() == []
+        assert not keys._selector.select(timeout=0)
+    assert signal.set_wakeup_fd(-1) == -1

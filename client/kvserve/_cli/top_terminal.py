@@ -44,8 +44,8 @@ class Keys:
         with self._stack.pop_all() as cleanup:  # Restores all of it if the next line fails.
             if sys.stdin.isatty():
                 self._read_single_keys(cleanup)
-            if hasattr(signal, "SIGWINCH") and threading.current_thread() is threading.main_thread():
-                self._wake_on_resize(cleanup)
+            if threading.current_thread() is threading.main_thread():
+                self._wake_on_signals(cleanup)
             self._stack = cleanup.pop_all()
         return self
 
@@ -92,9 +92,13 @@ class Keys:
         self._fd = fd
         self._selector.register(fd, selectors.EVENT_READ)
 
-    def _wake_on_resize(self, cleanup: contextlib.ExitStack) -> None:
-        before = signal.signal(signal.SIGWINCH, lambda number, frame: self.wake())
-        cleanup.callback(signal.signal, signal.SIGWINCH, before)
+    def _wake_on_signals(self, cleanup: contextlib.ExitStack) -> None:
+        """Let signals end a wait. One that comes just before it would else not be seen until a key is."""
+        before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        cleanup.callback(signal.set_wakeup_fd, before)
+        if hasattr(signal, "SIGWINCH"):  # Without a handler nothing is written for it.
+            handler = signal.signal(signal.SIGWINCH, lambda number, frame: None)
+            cleanup.callback(signal.signal, signal.SIGWINCH, handler)
 
 
 class Poller:
