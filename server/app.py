@@ -41,7 +41,7 @@ from server.rpc.tokenizer import ModelTokenizer
 from server.telemetry.loop_lag import watch_loop_lag
 from server.telemetry.metrics import EngineCollector, FrontEndMetrics, MetricsServer
 from server.telemetry.predict_metrics import PredictCollector, PredictMetrics
-from server.telemetry.process_metrics import KeptProcess, ProcessCollector
+from server.telemetry.process_metrics import ProcessCollector, ProcessCounts
 
 if TYPE_CHECKING:
     from server.rpc.front_end import FrontEndOptions
@@ -213,7 +213,7 @@ class _Application:
             registry, FrontEndMetrics(registry, model_name=config.model_name), PredictMetrics(registry)
         )
         registry.register(EngineCollector(engine, model_name=config.model_name))
-        kept: dict[str, KeptProcess] = {"engine": engine}
+        kept: dict[str, ProcessCounts] = {"engine": engine}
         if predict is not None:
             registry.register(PredictCollector(predict))
             kept["predict"] = predict

@@ -9,10 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["KeptProcess", "ProcessCollector"]
+__all__ = ["ProcessCounts", "ProcessCollector"]
 
 
-class Counts(Protocol):
+class QuarantineFigures(Protocol):
     """As ``server.process.quarantine.QuarantineCounts``."""
 
     @property
@@ -27,24 +27,24 @@ class Counts(Protocol):
     def num_refused(self) -> int: ...
 
 
-class KeptProcess(Protocol):
-    """A process that is started again when it dies."""
+class ProcessCounts(Protocol):
+    """What a process that is started again when it dies says of that."""
 
     @property
     def num_restarts(self) -> int: ...
     @property
     def is_given_up(self) -> bool: ...
     @property
-    def quarantine(self) -> Counts: ...
+    def quarantine(self) -> QuarantineFigures: ...
 
 
-Value = Callable[[KeptProcess], float]
+Value = Callable[[ProcessCounts], float]
 
 
 class ProcessCollector(Collector):
     """Asks the processes when scraped; runs in the scraping thread, changes nothing."""
 
-    def __init__(self, processes: Mapping[str, KeptProcess]) -> None:
+    def __init__(self, processes: Mapping[str, ProcessCounts]) -> None:
         """``processes`` by their names, which become the label ``process``."""
         self._processes = dict(processes)
 

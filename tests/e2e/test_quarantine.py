@@ -24,6 +24,7 @@ from server.engine.interface import EngineState
 from server.engine.messages import Admitted, Failed, FailureKind, Finished, GenerateSpec, Refused, Tokens
 from server.engine.options import EngineOptions
 from server.engine.process import EngineProcess
+from server.engine.streams import EventStream
 from server.predict.errors import PredictError, PredictLostError, QuarantinedError
 from server.predict.interface import PredictState
 from server.predict.messages import FailureKind as CallFailureKind
@@ -117,11 +118,8 @@ async def test_a_request_that_hangs_the_engine_is_found_though_its_caller_never_
     assert last.kind is FailureKind.QUARANTINED
 
 
-async def test_suspects_wait_for_their_turn_and_may_leave_or_be_cancelled_meanwhile(
-    engine: EngineProcess,
-) -> None:
-    specs = [spec_of([k], ENDLESS) for k in range(1, 5)]
-    streams = [engine.submit(spec) for spec in specs]
+async def kill_with_all_inside(engine: EngineProcess, streams: list[EventStream]) -> None:
+    """Kill the engine when every stream has begun, and read them to their ends."""
     for stream in streams:
         await anext(stream)
     pid = engine.pid
@@ -130,6 +128,14 @@ async def test_suspects_wait_for_their_turn_and_may_leave_or_be_cancelled_meanwh
     for stream in streams:
         async for _ in stream:
             pass
+
+
+async def test_suspects_wait_for_their_turn_and_may_leave_or_be_cancelled_meanwhile(
+    engine: EngineProcess,
+) -> None:
+    specs = [spec_of([k], ENDLESS) for k in range(1, 5)]
+    streams = [engine.submit(spec) for spec in specs]
+    await kill_with_all_inside(engine, streams)
     assert engine.quarantine.num_suspects == 4
     await asyncio.wait_for(engine.wait_state(EngineState.READY), 60)
     # More tokens than at the death do not come of it: it is cut off before.
@@ -150,14 +156,7 @@ async def test_suspects_wait_for_their_turn_and_may_leave_or_be_cancelled_meanwh
 
 async def test_a_suspect_that_goes_on_past_its_point_lets_the_next_one_in(engine: EngineProcess) -> None:
     streams = [engine.submit(spec_of([k], ENDLESS)) for k in (1, 2)]
-    for stream in streams:
-        await anext(stream)
-    pid = engine.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    for stream in streams:
-        async for _ in stream:
-            pass
+    await kill_with_all_inside(engine, streams)
     await asyncio.wait_for(engine.wait_state(EngineState.READY), 60)
     streams = [engine.submit(spec_of([k], ENDLESS)) for k in (1, 2)]
     for stream in streams:
